@@ -1,0 +1,14 @@
+"""How ΔW is written down: one file per parametrisation, usable on any ``nn.Module``. Imports nothing by itself.
+
+A part (the class named here) is a dataclass of options that knows how to wrap one linear layer; the wrapped layer is an
+``AdapterLayer`` (see ``base.py``), which declares its units and the verbs that an allocator may use on them.
+"""
+
+ADAPTERS = {
+    "lora": "dora_cli.adapters.lora:Lora",
+    "components": "dora_cli.adapters.components:Components",
+    "svd": "dora_cli.adapters.svd:Svd",
+    "aflora": "dora_cli.adapters.aflora:Aflora",
+    "full": "dora_cli.adapters.whole:Full",
+    "none": "dora_cli.adapters.whole:Frozen",
+}

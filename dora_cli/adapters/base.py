@@ -1,0 +1,239 @@
+"""The protocol between adapters and everything else.
+
+Two classes make an adapter: a *part*, the dataclass of its options, and a *layer*, which replaces one target module and
+keeps the original inside as ``base_layer``. What is allocated is a *unit*: a component (a rank-1 piece) or a factor
+tensor, as the layer declares. The adapter never sees a budget; an allocator never sees a layer type.
+
+Symbols: ``a`` (r, d_in) right factors, ``b`` (d_out, r) left factors, ``c`` (r,) gates, ``r`` rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dora_cli.errors import UserError
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored as (d_in, d_out), as GPT-2's ``Conv1D`` does."""
+    return not isinstance(module, nn.Linear) and type(module).__name__ == "Conv1D"
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of a linear layer or ``Conv1D``.
+
+    Raises:
+        UserError: the module is neither.
+    """
+    if is_transposed(module):
+        d_in, d_out = module.weight.shape  # type: ignore[union-attr, misc]
+        return int(d_out), int(d_in)
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    raise UserError(f"cannot adapt a module of type {type(module).__name__}: only linear layers and Conv1D")
+
+
+class AdapterLayer(nn.Module):
+    """One adapted module: the frozen base layer plus a trainable update.
+
+    Subclasses declare ``unit_axes`` (parameter → the axis along which its units lie), ``valve`` (the parameter whose
+    zero closes a unit exactly) and ``no_decay`` (parameters that weight decay must leave alone).
+    """
+
+    unit_axes: ClassVar[Mapping[str, int]] = {}
+    valve: ClassVar[str] = ""
+    no_decay: frozenset[str] = frozenset()
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.d_out, self.d_in = linear_shape(base)
+        self.transposed = is_transposed(base)
+
+    # Models look at these on the layers they own (T5 reads ``wo.weight.dtype``, others ``in_features``).
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        return self.d_in
+
+    @property
+    def out_features(self) -> int:
+        return self.d_out
+
+    @property
+    def rank(self) -> int:
+        """Number of components that exist, living or not."""
+        raise NotImplementedError
+
+    def unit_costs(self) -> list[int]:
+        """Parameters that each unit costs in the saved file, in order."""
+        return [self.d_in + self.d_out] * self.rank
+
+    def unit_tensors(self) -> list[nn.Parameter]:
+        """The tensors that are units, in order, where units are whole tensors."""
+        return []
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The update's own parameters by name, without the base layer's."""
+        return dict(self.named_parameters(recurse=False))
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """The update as a plain LoRA pair: (r, d_in) and (d_out, r), float32, every scale folded in (METHODS 0.3)."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """ΔW, shape (d_out, d_in), float32, all scales included."""
+        a, b = self.low_rank()
+        return b @ a
+
+    # ---- verbs -------------------------------------------------------------------------------------------------
+    def silence(self, units: Tensor) -> None:
+        """Zero the contribution of ``units`` (positions along the unit axis); they stay trainable and may return."""
+        with torch.no_grad():
+            getattr(self, self.valve).index_fill_(self.unit_axes[self.valve], units, 0.0)
+
+    def mute_gradient(self, units: Tensor) -> None:
+        """Zero the gradient that would reopen dead ``units``. With the valve at zero, theirs are the only ones left."""
+        grad = getattr(self, self.valve).grad
+        if grad is not None:
+            grad.index_fill_(self.unit_axes[self.valve], units, 0.0)
+
+    def fresh(self, n: int) -> dict[str, Tensor]:
+        """Values of ``n`` new units that leave the function as it is, by parameter name."""
+        raise NotImplementedError
+
+    def frozen_units(self) -> list[bool]:
+        """Which units are frozen, in order."""
+        return [False] * len(self.unit_costs())
+
+    def freeze(self, units: Tensor) -> None:
+        raise NotImplementedError
+
+    def thaw(self, units: Tensor) -> None:
+        raise NotImplementedError
+
+
+class LowRankLayer(AdapterLayer):
+    """ΔW = scale · B diag(c) A, with or without the gates c. Shared by every parametrisation that is a sum of components.
+
+    Args:
+        base: the linear layer to adapt.
+        a, b, c: initial values, shapes (r, d_in), (d_out, r), (r,) or None.
+        scale: fixed factor; pruning never changes it.
+        dropout: probability of zeroing an entry of the adapter's input in training.
+    """
+
+    unit_axes: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1, "c": 0}
+    valve = "c"
+    no_decay = frozenset({"c"})
+
+    def __init__(self, base: nn.Module, a: Tensor, b: Tensor, c: Tensor | None, scale: float, dropout: float) -> None:
+        super().__init__(base)
+        self.a = nn.Parameter(a)
+        self.b = nn.Parameter(b)
+        if c is not None:
+            self.c = nn.Parameter(c)
+        self.scale = scale
+        self.dropout = dropout
+        # 1 for units that take part, 0 for the others; None (always, but while probing) means all take part.
+        self.probe_mask: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def gates(self) -> Tensor:
+        """(r,) the factor of each component, without the fixed scale."""
+        return self.c if "c" in self.unit_axes else torch.ones_like(self.a[:, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base_layer(x)
+        if self.rank == 0:
+            return out
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.a.dtype)
+        x = nn.functional.dropout(x, self.dropout, self.training)
+        hidden = nn.functional.linear(x, self.a) * self.factor()
+        return out + nn.functional.linear(hidden, self.b).to(out.dtype)
+
+    def factor(self) -> Tensor | float:
+        """What the r-wide hidden activations are multiplied by: scale, gates and the probe's mask, (r,) or a number."""
+        factor: Tensor | float = self.scale
+        if "c" in self.unit_axes:
+            factor = self.c * factor
+        return factor if self.probe_mask is None else self.probe_mask * factor
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        a, b = self.a.detach().float(), self.b.detach().float()
+        return a, b * (self.gates().detach().float() * self.scale)
+
+    def load_low_rank(self, a: Tensor, b: Tensor) -> None:
+        """Start from a trained pair (r', d_in), (d_out, r'): its components become the first r', the others start anew.
+
+        Raises:
+            UserError: the pair has another shape, or more components than this layer.
+        """
+        n = a.shape[0]
+        if a.shape[1] != self.d_in or b.shape[0] != self.d_out or n > self.rank:
+            raise UserError(
+                f"adapter.init_from: a pair of shapes {tuple(a.shape)}, {tuple(b.shape)} does not fit a layer of rank "
+                f"{self.rank} with d_in {self.d_in} and d_out {self.d_out}",
+                hint="raise adapter.rank, or start from an adapter of the same model",
+            )
+        with torch.no_grad():
+            # The size goes where this parametrisation keeps it: balanced factors, and the gate (if any) at 1.
+            size = (a.norm(dim=1) / b.norm(dim=0).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
+            self.a[:n] = a / size[:, None]
+            self.b[:, :n] = b * size / self.scale
+            if "c" in self.unit_axes:
+                self.c[:n] = 1.0
+
+
+@dataclass
+class LowRankPart:
+    """Options that every low-rank adapter reads.
+
+    ``units`` names the kind of unit, ``verbs`` what an allocator may do with them, ``budgeted`` whether a budget applies.
+    """
+
+    rank: int | None = field(
+        default=None,
+        metadata={"help": "components per module at the start; null: 1.5 × the average asked for", "low": 1},
+    )
+    alpha: float | None = field(
+        default=None, metadata={"help": "scale is alpha / start rank; null: the start rank, a scale of 1", "above": 0.0}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input", "low": 0.0, "below": 1.0})
+    targets: Any = field(
+        default=None, metadata={"help": "modules to adapt: null (linear layers of the transformer), list, suffix, regex"}
+    )
+    init_from: str | None = field(default=None, metadata={"help": "run or adapter folder to start from"})
+
+    units: ClassVar[str] = "components"
+    verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop", "grow"})
+    budgeted: ClassVar[bool] = True
+    wraps: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = False
+    export: ClassVar[str] = "lora"
+
+    def scale(self, start_rank: int) -> float:
+        return 1.0 if self.alpha is None else self.alpha / max(start_rank, 1)
+
+    def layer(self, base: nn.Module, rank: int) -> AdapterLayer:
+        """Wrap ``base`` (a linear layer) with an update of ``rank`` components."""
+        raise NotImplementedError
+
+
+def uniform(rows: int, columns: int, bound: float, like: Tensor) -> Tensor:
+    """U(−bound, bound) of shape (rows, columns), float32 on the device of ``like``, from the global generator."""
+    return torch.empty(rows, columns, device=like.device).uniform_(-bound, bound)

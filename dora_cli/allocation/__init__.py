@@ -1,0 +1,38 @@
+"""Which units live: schedules, importances, allocators and regularizers, one file per answer. Imports nothing by itself.
+
+``allocation.controller.Allocation`` joins the four with the adapted layers and is all that a training loop calls.
+"""
+
+SCHEDULES = {
+    "cubic_late": "dora_cli.allocation.schedules:CubicLate",
+    "cubic_early": "dora_cli.allocation.schedules:CubicEarly",
+    "linear": "dora_cli.allocation.schedules:Linear",
+    "power": "dora_cli.allocation.schedules:Power",
+    "cosine": "dora_cli.allocation.schedules:Cosine",
+    "exponential": "dora_cli.allocation.schedules:Exponential",
+    "geometric": "dora_cli.allocation.schedules:Geometric",
+    "sigmoid": "dora_cli.allocation.schedules:Sigmoid",
+    "step": "dora_cli.allocation.schedules:Step",
+    "one_shot": "dora_cli.allocation.schedules:OneShot",
+    "constant": "dora_cli.allocation.schedules:Constant",
+}
+IMPORTANCES = {
+    "component_norm": "dora_cli.allocation.importance.component_norm:ComponentNorm",
+    "sensitivity": "dora_cli.allocation.importance.sensitivity:Sensitivity",
+    "ablation": "dora_cli.allocation.importance.ablation:Ablation",
+    "freezing_score": "dora_cli.allocation.importance.freezing_score:FreezingScore",
+    "random": "dora_cli.allocation.importance.random:Random",
+    "none": "dora_cli.allocation.importance.none:NoImportance",
+}
+ALLOCATORS = {
+    "prune": "dora_cli.allocation.allocators.prune:Prune",
+    "prune_official": "dora_cli.allocation.allocators.prune_official:PruneOfficial",
+    "prune_and_reallocate": "dora_cli.allocation.allocators.prune_and_reallocate:PruneAndReallocate",
+    "freeze": "dora_cli.allocation.allocators.freeze:Freeze",
+    "none": "dora_cli.allocation.allocators.none:NoAllocator",
+}
+REGULARIZERS = {
+    "dem": "dora_cli.allocation.regularizers.dem:Dem",
+    "orthogonal": "dora_cli.allocation.regularizers.orthogonal:Orthogonal",
+    "none": "dora_cli.allocation.regularizers.none:NoRegularizer",
+}

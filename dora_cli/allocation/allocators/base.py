@@ -1,0 +1,81 @@
+"""What an allocator declares and does."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dora_cli.allocation.budget import Target
+from dora_cli.allocation.schedules import Schedule, Window
+from dora_cli.allocation.table import UnitTable
+from dora_cli.errors import UserError
+
+
+@dataclass
+class Event:
+    """All that an allocator may look at when it acts.
+
+    ``limit`` is what may live after this event by the schedule, in units, or parameters where ``by_cost``; ``first`` and
+    ``last`` are its values at the start and the end. ``scores()`` asks the importance, once.
+    """
+
+    step: int
+    final: bool
+    limit: int
+    first: int
+    last: int
+    by_cost: bool
+    scores: Callable[[], Tensor]
+    table: UnitTable
+    schedule: Schedule
+    window: Window
+    optimizer: Optimizer | None
+
+
+class Allocator:
+    """Decides who lives. ``verbs`` are those it uses on units, ``units`` the kinds of unit it can act on.
+
+    ``mode`` says how the budget is met: ``shrink`` from the start rank to it, ``constant`` on it throughout, ``static``
+    spread evenly and never moved.
+    """
+
+    verbs: ClassVar[frozenset[str]] = frozenset()
+    units: ClassVar[frozenset[str]] = frozenset({"components"})
+    mode: ClassVar[str] = "shrink"
+    scores: ClassVar[bool] = True  # whether it asks for scores
+    compacts: ClassVar[bool] = True  # whether dropped units leave their tensors, and weigh nothing in clipping
+    grows: ClassVar[bool] = False
+
+    interval: int | float = 1
+
+    def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
+        """What the schedule counts from and to."""
+        if target is None:
+            raise UserError("this method shrinks to a budget, but none is set", hint="set for example budget=r8")
+        return (int(table.cost.sum()) if target.by_cost else len(table)), target.limit
+
+    def steps_between(self, total: int) -> int:
+        """``interval`` in steps, for a run of ``total``."""
+        if isinstance(self.interval, float) and not self.interval.is_integer():
+            if self.interval > 1:
+                raise UserError(f"allocator.interval={self.interval} is neither a share below 1 nor whole steps")
+            return max(1, int(self.interval * total))
+        return int(self.interval)
+
+    def is_event(self, step: int, window: Window) -> bool:
+        """Events fall on start + k · interval and always on the end (DESIGN 6)."""
+        if step == window.end:
+            return True
+        return window.start <= step < window.end and (step - window.start) % self.steps_between(window.total) == 0
+
+    def act(self, event: Event) -> None:
+        """Use the verbs."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass

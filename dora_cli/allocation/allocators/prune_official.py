@@ -1,0 +1,43 @@
+"""DoRA's pruning as its official code does it, quirks included (METHODS 2.5, 2.7, 2.9). For reproduction only."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from dora_cli.allocation.allocators.base import Allocator, Event
+from dora_cli.allocation.schedules import Window
+from dora_cli.errors import UserError
+
+
+@dataclass
+class PruneOfficial(Allocator):
+    """Prunes ``max(int(N · share · x³), 1)`` components and whatever ties with the last of them; masks, never compacts."""
+
+    interval: int = field(default=10, metadata={"help": "steps between events", "low": 1})
+
+    verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop"})
+    compacts: ClassVar[bool] = False
+
+    def is_event(self, step: int, window: Window) -> bool:
+        """``int(t − start)`` truncates towards 0, so the first event may come a step early (2.9, row 13)."""
+        if step == window.end:
+            return True
+        offset = step - window.start_exact
+        return -1 < offset and step < window.end and int(offset) % self.interval == 0
+
+    def act(self, event: Event) -> None:
+        if event.by_cost:
+            raise UserError(
+                "allocator=prune_official counts components, not parameters",
+                hint="say the budget as an average rank such as budget=r4, or use allocator=prune",
+            )
+        window = event.window
+        if window.end_exact <= window.start_exact:
+            raise UserError("allocator=prune_official needs schedule.start before schedule.end")
+        # The code's x is not rounded to steps, and it reaches 1 only where the window's end is a whole step.
+        x = (event.step - window.start_exact) / (window.end_exact - window.start_exact)
+        n_pruned = max(int(event.first * ((event.first - event.last) / event.first) * event.schedule.progress(x)), 1)
+        scores = event.scores()
+        threshold = torch.kthvalue(scores, n_pruned).values
+        event.table.keep(scores > threshold, final=event.final)

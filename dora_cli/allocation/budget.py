@@ -1,0 +1,121 @@
+"""The budget: what must be left at the end, as the user says it and as a number (DESIGN 3)."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dora_cli.errors import UserError
+
+FORMS = "a share of the start in (0, 1) such as 0.1, adapter parameters such as 340k, or an average rank such as r4"
+SUFFIXES = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A parsed budget. ``kind`` is ``share``, ``params`` or ``average``; ``text`` is what stands in folder names."""
+
+    kind: str
+    value: float
+    text: str
+
+    def start_rank(self, costs: Sequence[int]) -> int | None:
+        """ceil(1.5 × the average rank asked for), the paper's start (METHODS 2.1); None for a share, which needs one."""
+        if self.kind == "average":
+            return math.ceil(1.5 * self.value)
+        return math.ceil(1.5 * self.value / sum(costs)) if self.kind == "params" else None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The final budget of one run: a number of components, or of parameters where ``by_cost``."""
+
+    limit: int
+    by_cost: bool
+
+
+def parse_budget(value: object) -> Budget | None:
+    """Read ``budget=``.
+
+    Raises:
+        UserError: not one of the three forms, or out of range.
+    """
+    if value is None:
+        return None
+    text = str(value).strip().lower()
+    match = re.fullmatch(r"(r)?(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)([kmb])?", text)
+    if isinstance(value, bool) or not match or (match[1] and match[3]):
+        raise UserError(f"cannot read budget={value}", hint=f"say {FORMS}")
+    number = float(match[2]) * SUFFIXES[match[3] or ""]
+    if match[1]:
+        if number <= 0:
+            raise UserError(f"budget={value} asks for an average rank of nothing", hint="say for example budget=r4")
+        return Budget("average", number, text)
+    whole = number.is_integer() and number > 1 or match[3]
+    if whole and number >= 1:
+        return Budget("params", round(number), text)
+    if 0 < number < 1:
+        return Budget("share", number, text)
+    raise UserError(f"budget={value} is out of range", hint=f"say {FORMS}")
+
+
+def resolve(budget: Budget, costs: Sequence[int], start_rank: int | None, *, shrinks: bool) -> Target:
+    """What ``budget`` comes to for modules whose components cost ``costs`` each.
+
+    Args:
+        budget: as parsed.
+        costs: parameters of one component, per target module, in module order.
+        start_rank: components of each module at the start, where the method has such a start.
+        shrinks: whether the method starts above the budget, so that the start limits it.
+
+    Raises:
+        UserError: a share without a start rank, a budget above the start, or one that keeps nothing.
+    """
+    n = len(costs)
+    if budget.kind == "params":
+        target = Target(round(budget.value), by_cost=True)
+    elif budget.kind == "average":
+        target = Target(round(budget.value * n), by_cost=False)
+    elif start_rank is None:
+        raise UserError(
+            f"budget={budget.text} is a share of the starting components, but adapter.rank is not set",
+            hint="set adapter.rank, or say the budget as an average rank such as budget=r4",
+        )
+    else:
+        target = Target(round(budget.value * n * start_rank), by_cost=False)
+    if target.limit < (min(costs) if target.by_cost else 1):
+        raise UserError(
+            f"budget={budget.text} keeps no component at all",
+            where=f"{n} modules; the cheapest component has {min(costs):,} parameters",
+            hint="raise the budget",
+        )
+    if shrinks and start_rank is not None:
+        _refuse_growth(budget, target, costs, start_rank)
+    return target
+
+
+def spread(target: Target, costs: Sequence[int]) -> list[int]:
+    """Ranks per module for a method that never moves them: even, the remainder in module order (DESIGN 3)."""
+    ranks = [0] * len(costs)
+    if not target.by_cost:
+        return [target.limit // len(costs) + (m < target.limit % len(costs)) for m in range(len(costs))]
+    left = target.limit
+    full_rounds = left // sum(costs)
+    ranks, left = [full_rounds] * len(costs), left - full_rounds * sum(costs)
+    for m, cost in enumerate(costs):
+        if cost > left:
+            break  # the largest prefix that fits
+        ranks[m], left = ranks[m] + 1, left - cost
+    return ranks
+
+
+def _refuse_growth(budget: Budget, target: Target, costs: Sequence[int], start_rank: int) -> None:
+    start = start_rank * (sum(costs) if target.by_cost else len(costs))
+    if target.limit > start:
+        what = "parameters" if target.by_cost else "components"
+        raise UserError(
+            f"budget={budget.text} asks for more than the adapter starts with (adapter.rank={start_rank})",
+            where=f"there is nothing to prune: {len(costs)} modules × rank {start_rank} = {start:,} {what}, and "
+            f"{budget.text} keeps {target.limit:,}",
+            hint="raise adapter.rank, or set a smaller budget",
+        )

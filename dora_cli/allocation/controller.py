@@ -1,0 +1,159 @@
+"""All that a training loop calls: two hooks, and the state between them.
+
+    allocation = Allocation(layers, schedule=…, importance=…, allocator=…, regularizer=…, total_steps=T, target=…)
+    for step in range(1, T + 1):
+        loss.backward()
+        allocation.after_backward(step)            # before clipping
+        optimizer.step()
+        event = allocation.after_step(step, optimizer)   # before gradients are cleared
+        optimizer.zero_grad()
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dora_cli.adapters.base import AdapterLayer
+from dora_cli.allocation.allocators.base import Allocator, Event
+from dora_cli.allocation.budget import Target
+from dora_cli.allocation.importance.base import Importance
+from dora_cli.allocation.regularizers.base import Regularizer
+from dora_cli.allocation.schedules import Schedule
+from dora_cli.allocation.table import UnitTable
+
+DEAD_SHARE = 0.25  # compact before the end only when this much is dead, and
+MAX_COMPACTIONS = 6  # at most this often, so that torch.compile keeps its graphs
+
+
+class Allocation:
+    """Joins schedule, importance, allocator and regularizer over adapted layers.
+
+    Args:
+        layers: full module name → adapted layer, in module order.
+        total_steps: optimizer steps T of the run; steps count from 1.
+        target: the resolved budget; None where the method has none.
+        probe: the loss on a fixed validation batch, for importances that need it.
+
+    Raises:
+        UserError: the schedule's window does not fit the run, or the allocator needs a budget and has none.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, AdapterLayer],
+        *,
+        schedule: Schedule,
+        importance: Importance,
+        allocator: Allocator,
+        regularizer: Regularizer,
+        total_steps: int,
+        target: Target | None = None,
+        probe: Callable[[], float] | None = None,
+    ) -> None:
+        self.table = UnitTable(layers)
+        self.schedule, self.importance, self.allocator, self.regularizer = schedule, importance, allocator, regularizer
+        self.window = schedule.window(total_steps)
+        self.by_cost = target is not None and target.by_cost and allocator.mode == "shrink"
+        self.first, self.last = allocator.bounds(self.table, target)
+        self.probe = probe
+        self.start_count, self.start_cost = len(self.table), int(self.table.cost.sum())
+        importance.attach(self.table)
+        regularizer.attach(self.table)
+
+    @property
+    def final_step(self) -> int:
+        """The step of the final choice; 0 where nothing is ever chosen."""
+        return self.window.end if self.allocator.scores else 0
+
+    def on_empty(self, callback: Callable[[str], None]) -> None:
+        """Call back with the name of each module in which nothing lives and nothing can return."""
+        if not self.allocator.grows:
+            self.table.on_empty = callback
+
+    def after_backward(self, step: int) -> None:
+        """Add the regularizer's gradient, and take out what belongs to dropped units. Before clipping."""
+        if self.regularizer.acts and self.regularizer.active(step, self.window):
+            self.regularizer.after_backward(self.table)
+        if self.allocator.compacts:
+            self.table.mute()
+
+    def after_step(self, step: int, optimizer: Optimizer) -> dict[str, Any] | None:
+        """Score, act if it is time, and keep closed what is dropped. Gradients must still be there.
+
+        Returns:
+            What happened, where an event fell on this step: step, budget, alive, params and ranks per module.
+        """
+        if self.regularizer.acts and self.regularizer.active(step, self.window):
+            self.regularizer.after_step(self.table, self._learning_rate(optimizer))
+        if step <= self.window.end:
+            self.importance.update(self.table, step)
+        event = self._act(step, optimizer) if self.allocator.is_event(step, self.window) else None
+        self.table.hold()
+        self._compact(step, optimizer)
+        return event
+
+    def _act(self, step: int, optimizer: Optimizer) -> dict[str, Any]:
+        limit = self.schedule.count(step, self.window, self.first, self.last)
+        self.allocator.act(
+            Event(
+                step=step,
+                final=step == self.window.end,
+                limit=limit,
+                first=self.first,
+                last=self.last,
+                by_cost=self.by_cost,
+                scores=self._scores,
+                table=self.table,
+                schedule=self.schedule,
+                window=self.window,
+                optimizer=optimizer,
+            )
+        )
+        return {
+            "step": step,
+            "budget": limit,
+            "alive": self.alive_count(),
+            "params": self.table.alive_cost(),
+            "ranks": self.table.ranks(),
+        }
+
+    def alive_count(self) -> int:
+        """Units that live and train."""
+        return int((self.table.alive & ~self.table.frozen).sum())
+
+    def _scores(self) -> Tensor:
+        return self.importance.scores(self.table, self._masked_loss if self.probe else None)
+
+    def _masked_loss(self, mask: Tensor) -> float:
+        assert self.probe is not None
+        with self.table.only(mask):
+            return self.probe()
+
+    def _compact(self, step: int, optimizer: Optimizer) -> None:
+        if not self.allocator.compacts or not bool(self.table.dropped.any()):
+            return
+        early = self.table.dead_share() >= DEAD_SHARE and self.table.compactions < MAX_COMPACTIONS
+        if step == self.window.end or early:
+            self.table.compact(optimizer)
+
+    def _learning_rate(self, optimizer: Optimizer) -> float:
+        parameters = self.table.layers[0].adapter_parameters().values() if self.table.layers else ()
+        mine = {id(p) for p in parameters}
+        return next((g["lr"] for g in optimizer.param_groups if any(id(p) in mine for p in g["params"])), 0.0)
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Everything exact resume needs beside parameters and moments: tensors and plain numbers, one level deep."""
+        return {
+            "table": self.table.state_dict(),
+            "importance": self.importance.state_dict(),
+            "allocator": self.allocator.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give the layers the shapes they had; their values must be loaded afterwards, and the optimizer built."""
+        self.table.load_state_dict(state["table"])
+        self.importance.load_state_dict(dict(state["importance"]))
+        self.allocator.load_state_dict(dict(state["allocator"]))

@@ -1,0 +1,70 @@
+"""AFLoRA's freezing score (Liu et al., ACL 2024, arXiv 2403.13269): how much a tensor's gradient still moves."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dora_cli.allocation.importance.base import Importance, Probe
+from dora_cli.allocation.table import UnitTable
+
+
+@dataclass
+class FreezingScore(Importance):
+    """I = |∂L/∂w| averaged over windows; at their ends Ī ← β₁Ī + (1−β₁)I, Ū ← β₂Ū + (1−β₂)|I − Ī|; score mean(Ī∘Ū).
+
+    Low means that little is left to learn. Only tensors that still train are followed (METHODS 8).
+    """
+
+    window: int = field(default=10, metadata={"help": "optimizer steps that one gradient average spans", "low": 1})
+    beta: float = field(default=0.85, metadata={"help": "smoothing of the gradient size", "low": 0.0, "below": 1.0})
+    beta_uncertainty: float = field(
+        default=0.95, metadata={"help": "smoothing of the uncertainty", "low": 0.0, "below": 1.0}
+    )
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    units: ClassVar[frozenset[str]] = frozenset({"tensors"})
+
+    def attach(self, table: UnitTable) -> None:
+        # table row → sum over the window, mean, uncertainty, each in the tensor's shape
+        self.state: dict[int, list[Tensor]] = {}
+        self._device = next(table.layers[0].parameters()).device if table.layers else torch.device("cpu")
+
+    def update(self, table: UnitTable, step: int) -> None:
+        for row, tensor in self._training(table):
+            if tensor.grad is None:
+                continue
+            if row not in self.state:
+                self.state[row] = [torch.zeros_like(tensor.detach()) for _ in range(3)]
+            total, mean, spread = self.state[row]
+            total.add_(tensor.grad.abs())
+            if step % self.window == 0:
+                now = total / self.window
+                mean.lerp_(now, 1 - self.beta)
+                spread.lerp_((now - mean).abs(), 1 - self.beta_uncertainty)
+                total.zero_()
+
+    def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
+        scores = torch.zeros(len(table))
+        for row, (_, mean, spread) in self.state.items():
+            scores[row] = (mean * spread).mean().cpu()
+        return scores
+
+    def _training(self, table: UnitTable) -> list[tuple[int, Tensor]]:
+        return [
+            (int(table.rows[m][unit]), tensor)
+            for m, layer in enumerate(table.layers)
+            for unit, tensor in enumerate(layer.unit_tensors())
+            if not bool(table.frozen[table.rows[m][unit]])
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f"{row}.{i}": t for row, tensors in self.state.items() for i, t in enumerate(tensors)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = {}
+        for key in state:
+            row = int(key.split(".")[0])
+            if row not in self.state:
+                self.state[row] = [state[f"{row}.{i}"].to(self._device, copy=True) for i in range(3)]

@@ -1,0 +1,46 @@
+"""AdaLoRA's orthogonality penalty on P (d_out, r) and Q (r, d_in)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dora_cli.allocation.regularizers.base import Regularizer, add_to_gradients
+from dora_cli.allocation.table import UnitTable
+
+
+@dataclass
+class Orthogonal(Regularizer):
+    """Both codes: the mean over the 2L matrices of ‖PᵀP − I‖_F, un-squared; the paper: the sum of the squares
+    (METHODS 3). Gradients 2P(PᵀP − I)/‖·‖_F and 4P(PᵀP − I).
+    """
+
+    weight: float = field(default=0.1, metadata={"help": "γ, what R is multiplied by in the loss", "low": 0.0})
+    squared: bool = field(default=False, metadata={"help": "the paper's sum of squares instead of the codes' mean norm"})
+
+    def value(self, table: UnitTable) -> float:
+        norms = [gap.flatten(1).norm(dim=1) for *_, gap in self._gaps(table)]
+        if not norms:
+            return 0.0
+        flat = torch.cat(norms)
+        return float(flat.square().sum() if self.squared else flat.mean())
+
+    def after_backward(self, table: UnitTable) -> None:
+        gaps = list(self._gaps(table))
+        n_matrices = sum(len(gap) for *_, gap in gaps)
+        for parameters, name, p, gap in gaps:  # p: (m, d, r), gap: (m, r, r)
+            if self.squared:
+                direction, scale = p @ gap, 4.0 * self.weight
+            else:
+                direction = p @ (gap / gap.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None])
+                scale = 2.0 * self.weight / n_matrices
+            add_to_gradients(parameters, direction if name == "b" else direction.mT, scale)
+
+    def _gaps(self, table: UnitTable) -> Iterator[tuple[list[nn.Parameter], str, Tensor, Tensor]]:
+        """(parameters, their name, P or Qᵀ (m, d, r), PᵀP − I (m, r, r)) for every group of matrices of one shape."""
+        for group in table.groups():
+            for name in ("b", "a"):
+                p = group.stack(name) if name == "b" else group.stack(name).mT
+                gap = p.mT @ p - torch.eye(p.shape[-1], device=p.device, dtype=p.dtype)
+                yield [getattr(layer, name) for layer in group.layers], name, p, gap

@@ -1,0 +1,227 @@
+"""One flat table of units over all modules: module, order within it, cost, and whether each lives.
+
+The table is what allocators and importances see; it passes their verbs on to the layers and never looks at a layer's
+type. Unit identity is the row in this table, which never changes: layers may be compacted and grown under it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dora_cli.adapters.base import AdapterLayer, LowRankLayer
+from dora_cli.adapters.resize import check_state, discard, resize
+
+ResizeListener = Callable[[int, Tensor, int], None]  # module, positions kept, units appended
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one shape, for batched arithmetic.
+
+    ``modules`` are their positions in the table's module list; ``index`` (m, r) on the layers' device says which table
+    row each of their units is.
+    """
+
+    layers: tuple[LowRankLayer, ...]
+    modules: tuple[int, ...]
+    index: Tensor
+
+    def stack(self, name: str) -> Tensor:
+        """(m, …) the layers' parameters called ``name``, without graph."""
+        return torch.stack([getattr(layer, name).detach() for layer in self.layers])
+
+    def gates(self) -> Tensor:
+        """(m, r) the gate of every component, 1 where the parametrisation has none."""
+        return torch.stack([layer.gates().detach() for layer in self.layers])
+
+
+class UnitTable:
+    """All units of an adapted model.
+
+    Args:
+        layers: full module name → layer, in module order.
+
+    Attributes:
+        module, order, cost: (n,) int64, on the CPU.
+        alive: (n,) bool, kept at the last event (all, before the first).
+        dropped: (n,) bool, gone for good.
+        frozen: (n,) bool, no longer trained.
+        rows: per module, which table row each physical unit of its layer is.
+    """
+
+    def __init__(self, layers: Mapping[str, AdapterLayer]) -> None:
+        self.names = list(layers)
+        self.layers = list(layers.values())
+        self.module = self.order = self.cost = torch.empty(0, dtype=torch.long)
+        self.alive = self.dropped = self.frozen = torch.empty(0, dtype=torch.bool)
+        self.rows: list[Tensor] = []
+        self.compactions = 0
+        self.listeners: list[ResizeListener] = []
+        self.on_empty: Callable[[str], None] | None = None  # called with a module that can never live again
+        for m, layer in enumerate(self.layers):
+            self.rows.append(self._append(m, layer.unit_costs()))
+            self.frozen[self.rows[m]] = torch.tensor(layer.frozen_units(), dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.module)
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+    def ranks(self) -> dict[str, int]:
+        """Living units per module, modules without any included."""
+        counts = torch.bincount(self.module[self.alive], minlength=len(self.layers)).tolist()
+        return dict(zip(self.names, counts, strict=True))
+
+    def alive_count(self) -> int:
+        return int(self.alive.sum())
+
+    def alive_cost(self) -> int:
+        return int(self.cost[self.alive].sum())
+
+    def groups(self) -> list[Group]:
+        """Layers of components grouped by shape; made anew only after a change of shape."""
+        if self._groups is None:
+            by_shape: dict[tuple[object, ...], list[int]] = {}
+            for m, layer in enumerate(self.layers):
+                if isinstance(layer, LowRankLayer) and layer.rank > 0:
+                    by_shape.setdefault((type(layer), layer.d_in, layer.d_out, layer.rank), []).append(m)
+            self._groups = [self._group(modules) for modules in by_shape.values()]
+        return self._groups
+
+    @contextmanager
+    def only(self, mask: Tensor) -> Iterator[None]:
+        """Within, only the units of ``mask`` (n,) take part. Changes no parameter, random or optimizer state."""
+        layers = [(m, layer) for m, layer in enumerate(self.layers) if isinstance(layer, LowRankLayer)]
+        try:
+            for m, layer in layers:
+                layer.probe_mask = mask[self.rows[m]].to(layer.a)
+            yield
+        finally:
+            for _, layer in layers:
+                layer.probe_mask = None
+
+    # ---- verbs ---------------------------------------------------------------------------------------------------
+    def keep(self, mask: Tensor, *, final: bool) -> None:
+        """Of the units not dropped, exactly those of ``mask`` (n,) live. The others are silenced, or dropped if final."""
+        closing = ~mask & ~self.dropped
+        self.alive = mask & ~self.dropped
+        if final:
+            self.dropped = self.dropped | closing
+        for m, positions in self._positions(closing):
+            self.layers[m].silence(positions)
+
+    def drop(self, mask: Tensor) -> None:
+        """Drop the units of ``mask`` at once; the others stay as they are."""
+        self.keep(self.alive & ~mask, final=True)
+
+    def freeze(self, mask: Tensor, optimizer: Optimizer | None = None) -> None:
+        """Stop training the units of ``mask``; what is frozen leaves the optimizer."""
+        for m, positions in self._positions(mask & ~self.frozen):
+            self.layers[m].freeze(positions)
+            if optimizer is not None:
+                discard([p for p in self.layers[m].adapter_parameters().values() if not p.requires_grad], optimizer)
+        self.frozen = self.frozen | mask
+
+    def grow(self, module: int, n: int, optimizer: Optimizer | None = None) -> Tensor:
+        """Add ``n`` living units to a module that leave the function as it is; returns their table rows."""
+        layer = self.layers[module]
+        self._resize(module, torch.arange(len(self.rows[module])), n, optimizer)
+        new = self._append(module, layer.unit_costs()[-n:])
+        self.rows[module] = torch.cat([self.rows[module], new])
+        return new
+
+    def hold(self) -> None:
+        """Keep dropped units closed that still have rows; after every optimizer step."""
+        for m, positions in self._dead():
+            self.layers[m].silence(positions)
+
+    def mute(self) -> None:
+        """Zero the gradients of dropped units, so that they weigh nothing in clipping; before clipping."""
+        for m, positions in self._dead():
+            self.layers[m].mute_gradient(positions)
+
+    def dead_share(self) -> float:
+        """Share of physical rows that belong to dropped units."""
+        total = sum(len(rows) for rows in self.rows)
+        return sum(len(positions) for _, positions in self._dead()) / total if total else 0.0
+
+    def compact(self, optimizer: Optimizer | None = None) -> bool:
+        """Rebuild tensors without the rows of dropped units; exact. Returns whether anything changed."""
+        dead = list(self._dead())
+        for m, _ in dead:
+            living = torch.nonzero(~self.dropped[self.rows[m]]).flatten()
+            self._resize(m, living, 0, optimizer)
+            self.rows[m] = self.rows[m][living]
+            if len(living) == 0:
+                if optimizer is not None:
+                    discard(list(self.layers[m].adapter_parameters().values()), optimizer)
+                if self.on_empty is not None:
+                    self.on_empty(self.names[m])
+        if dead and optimizer is not None:
+            check_state(optimizer)
+        self.compactions += bool(dead)
+        return bool(dead)
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        tensors = {k: getattr(self, k) for k in ("module", "order", "cost", "alive", "dropped", "frozen")}
+        return tensors | {"compactions": self.compactions} | {f"rows.{m}": rows for m, rows in enumerate(self.rows)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved table, giving each layer the physical rows it had then (values are loaded elsewhere)."""
+        for m in range(len(self.layers)):
+            rows = state[f"rows.{m}"]
+            kept = torch.arange(min(len(rows), len(self.rows[m])))
+            if len(rows) != len(self.rows[m]):
+                self._resize(m, kept, len(rows) - len(kept), None)
+            self.rows[m] = rows
+            if len(rows) == 0 and self.on_empty is not None:
+                self.on_empty(self.names[m])
+        for k in ("module", "order", "cost", "alive", "dropped", "frozen"):
+            setattr(self, k, state[k])
+        self.compactions = int(state["compactions"])
+        for m, positions in self._positions(self.frozen):
+            self.layers[m].freeze(positions)
+        self._changed()
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+    def _append(self, module: int, costs: list[int]) -> Tensor:
+        first, n = len(self.module), len(costs)
+        born = int((self.module == module).sum())
+        self.module = torch.cat([self.module, torch.full((n,), module)])
+        self.order = torch.cat([self.order, torch.arange(born, born + n)])
+        self.cost = torch.cat([self.cost, torch.tensor(costs, dtype=torch.long)])
+        self.alive = torch.cat([self.alive, torch.ones(n, dtype=torch.bool)])
+        self.dropped = torch.cat([self.dropped, torch.zeros(n, dtype=torch.bool)])
+        self.frozen = torch.cat([self.frozen, torch.zeros(n, dtype=torch.bool)])
+        self._changed()
+        return torch.arange(first, first + n)
+
+    def _resize(self, module: int, keep: Tensor, n_new: int, optimizer: Optimizer | None) -> None:
+        resize(self.layers[module], keep, n_new, optimizer)
+        for listener in self.listeners:
+            listener(module, keep, n_new)
+        self._changed()
+
+    def _changed(self) -> None:
+        self._groups: list[Group] | None = None
+
+    def _group(self, modules: list[int]) -> Group:
+        layers = [self.layers[m] for m in modules]
+        index = torch.stack([self.rows[m] for m in modules]).to(next(layers[0].parameters()).device)
+        return Group(tuple(layers), tuple(modules), index)  # type: ignore[arg-type]
+
+    def _positions(self, mask: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(module, physical positions of the masked units) for the modules that have any."""
+        for m, rows in enumerate(self.rows):
+            positions = torch.nonzero(mask[rows]).flatten()
+            if len(positions):
+                device = next(self.layers[m].parameters()).device
+                yield m, positions.to(device)
+
+    def _dead(self) -> Iterator[tuple[int, Tensor]]:
+        yield from self._positions(self.dropped) if bool(self.dropped.any()) else ()

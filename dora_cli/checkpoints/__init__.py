@@ -1,0 +1,1 @@
+"""Makes files appear whole, and reads them with suspicion."""

@@ -1,0 +1,142 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written beside its final name, as ``.NAME.tmp-<pid>-<random>``, flushed to the disk (files, then
+folders), and renamed last. A killed process leaves at most such a leftover, which no reader takes for the real thing.
+"""
+
+import ctypes
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to ``path``, replacing what is there in one step."""
+    with _whole_file(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | os.PathLike[str], data: str) -> None:
+    """Write ``data`` as UTF-8 to ``path``, replacing what is there in one step."""
+    atomic_write_bytes(path, data.encode())
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, replacing what is there in one step.
+
+    Views, transposed tensors and tensors that share memory are written as what they show: each gets its own bytes.
+    """
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        # safetensors refuses shared memory, and would write a view's whole storage
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        own[name] = tensor
+    with _whole_file(Path(path)) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(own, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read, whatever the umask says
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path`` when the block ends without an exception, and is removed otherwise.
+
+    Args:
+        path: the folder to make; parents are made as needed. An empty folder there is replaced.
+        replace: whether a folder that holds something may be replaced. Old and new change places in one system call
+            where the system has one (Linux, macOS); elsewhere the old one is renamed aside for an instant.
+
+    Raises:
+        FileExistsError: ``path`` holds something and ``replace`` is false; raised before anything is written.
+    """
+    path = Path(os.path.realpath(path))  # a rename onto a symbolic link would replace the link
+    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary, topdown=False):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        if replace and path.exists():
+            _exchange(temporary, path)
+        else:
+            temporary.rename(path)
+        _sync(path.parent)
+    finally:
+        # what is still under the temporary name is an unfinished folder, or the old one after an exchange
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    path = Path(os.path.realpath(path))
+    temporary = _beside(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder (its names) to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two paths; afterwards ``new`` names the old content.
+
+    The system call leaves no moment without a whole folder under ``old``, which two renames would.
+    """
+    if not _swap(new, old):
+        aside = _beside(old)
+        old.rename(aside)
+        try:
+            new.rename(old)
+        except BaseException:
+            aside.rename(old)
+            raise
+        aside.rename(new)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Let two paths change places at once; false where the system or the file system has no such call."""
+    at_cwd, exchange, swap = -100, 2, 2
+    try:
+        if sys.platform == "linux":
+            call = ctypes.CDLL(None).renameat2
+            return call(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+        if sys.platform == "darwin":
+            return ctypes.CDLL(None).renamex_np(os.fsencode(one), os.fsencode(other), swap) == 0
+    except AttributeError:  # a C library without it
+        pass
+    return False

@@ -1,0 +1,1 @@
+"""Commands: argv into a configuration, one function called, exceptions into exit codes."""

@@ -1,0 +1,170 @@
+"""What every command does around its work: flags, exit codes, messages.
+
+Exit codes (DESIGN 3): 0 success, 2 a user's mistake, 1 anything else, 130 and 143 on Ctrl-C and SIGTERM.
+"""
+
+import errno
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from dora_cli.errors import UserError
+from dora_cli.registry import did_you_mean
+
+USER_MISTAKE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+MAX_LINES = 6
+
+FORESEEN = {
+    errno.ENOSPC: "free some space, or choose another disk with out=DIR",
+    errno.EDQUOT: "your quota is used up: free some space, or choose another disk with out=DIR",
+    errno.EROFS: "choose a folder that can be written, with out=DIR",
+    errno.EACCES: "choose a folder that you may write and files that you may read",
+    errno.EPERM: "choose a folder that you may write and files that you may read",
+}
+FLAGS = {
+    "-h": "help",
+    "--help": "help",
+    "--version": "version",
+    "-m": "multirun",
+    "--multirun": "multirun",
+    "--config-dir": "config_dirs",
+}
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived while nobody else was handling it."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """argv, with flags apart from ``key=value`` overrides."""
+
+    overrides: list[str]
+    config_dirs: list[str]
+    help: bool = False
+    version: bool = False
+    multirun: bool = False
+
+
+def split_flags(argv: Sequence[str], accepted: Sequence[str] = tuple(FLAGS)) -> Arguments:
+    """Take the flags out of argv, wherever they stand.
+
+    Raises:
+        UserError: a flag that is not ``accepted``, or ``--config-dir`` without a folder.
+    """
+    overrides: list[str] = []
+    config_dirs: list[str] = []
+    seen: set[str] = set()
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        if flag not in accepted or (equals and FLAGS[flag] != "config_dirs"):
+            raise UserError(f"unknown flag '{word}'", hint=did_you_mean(flag, accepted))
+        if FLAGS[flag] != "config_dirs":
+            seen.add(FLAGS[flag])
+            continue
+        folder = value if equals else next(words, "")
+        if not folder:
+            raise UserError("--config-dir needs a folder", hint="write --config-dir DIR")
+        config_dirs.append(folder)
+    return Arguments(overrides, config_dirs, "help" in seen, "version" in seen, "multirun" in seen)
+
+
+def guard(function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a command and turn what comes out of it into an exit code.
+
+    Args:
+        function: takes argv without the program's name; returns an exit code, or None for success.
+        argv: default ``sys.argv[1:]``.
+    """
+    try:
+        with _sigterm_raises():
+            return function(list(sys.argv[1:] if argv is None else argv)) or 0
+    except UserError as error:
+        print_error(error.message, error.where, error.hint)
+        return USER_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return TERMINATED
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); what is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except Exception as error:
+        foreseen = _foreseen(error)
+        if foreseen is None:
+            traceback.print_exc()
+        else:
+            print_error(*foreseen)
+        return FAILURE
+
+
+def print_error(message: str, where: str | None = None, hint: str | None = None) -> None:
+    """``error: …`` on stderr: what is wrong, where, what to do; indented below the first line, at most six lines.
+
+    A terminal gets lines wrapped to its width; a pipe gets them whole.
+    """
+    sys.stdout.flush()
+    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else 10_000
+    lines: list[str] = []
+    for text in (f"error: {message}", where, hint):
+        for line in (text or "").splitlines():
+            indent = "  " if lines else ""
+            lines += textwrap.wrap(
+                line,
+                width,
+                initial_indent=indent,
+                subsequent_indent=indent + "  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+                replace_whitespace=False,
+            )
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1] + " …"]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _foreseen(error: Exception) -> tuple[str, str | None, str] | None:
+    """Message, place and advice for failures that are nobody's bug: a full disk, no memory. None for any other."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in FORESEEN:
+        path = f"in {error.filename}" if error.filename else None
+        return (error.strerror or text).lower(), path, FORESEEN[error.errno]
+    if "No space left on device" in text:  # safetensors and arrow wrap the system's error in their own
+        return "no space left on device", None, FORESEEN[errno.ENOSPC]
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & {"OutOfMemoryError", "MemoryError"} or "can't allocate memory" in text:
+        first = text.splitlines()[0] if text else None
+        return "out of memory", first, "lower train.batch_size or data.max_length, or set train.gradient_checkpointing"
+    return None
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that what is open gets closed. Signals belong to the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,100 @@
+"""The run folder: where it is, whether it may be used, and what stands in it (DESIGN 4)."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dora_cli.errors import UserError
+
+CONFIG, SUMMARY, METRICS, RANKS, LOG = "config.yaml", "summary.json", "metrics.jsonl", "ranks.json", "train.log"
+ADAPTER, MERGED, CHECKPOINTS = "adapter", "merged", "checkpoints"
+OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, "report.html")
+
+# What may differ between an interrupted run and its resumption: logging, saving, workers, and how it was called.
+FREE_ON_RESUME = ("out", "resume", "overwrite", "dry_run", "offline", "export", "save.", "train.log_every")
+FREE_ON_RESUME += ("train.save_every", "train.keep_last", "train.workers", "train.eval_batch_size")
+
+
+def default_out(recipe: str, method: str, budget: Any, seed: int) -> Path:
+    """``runs/RECIPE/METHOD-bBUDGET-sSEED``; without a budget where it does not apply."""
+    part = f"-b{budget}" if budget is not None else ""
+    return Path("runs") / recipe / f"{method}{part}-s{seed}"
+
+
+def is_finished(out: Path) -> bool:
+    return (out / SUMMARY).exists()
+
+
+def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder whose content would be lost.
+
+    Raises:
+        UserError: it holds a run and neither ``resume`` nor ``overwrite`` is set, or something that is no run.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is a file", hint="choose another out=DIR")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / CONFIG).exists() and not all(p.name in OURS or p.name.startswith(".") for p in out.iterdir()):
+        raise UserError(f"out={out} holds files that are no run of dora-train's", hint="choose another out=DIR")
+    if resume or overwrite:
+        return
+    if is_finished(out):
+        raise UserError(
+            f"out={out} holds a finished run",
+            hint="choose another out=DIR, or overwrite=true to replace it",
+        )
+    raise UserError(
+        f"out={out} holds an interrupted run",
+        hint="resume=true goes on from its last checkpoint, overwrite=true starts anew",
+    )
+
+
+def clear(out: Path) -> None:
+    """Delete a run's files, and nothing else that may stand beside them."""
+    for name in OURS:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_same(saved_yaml: str, yaml: str, where: Path) -> None:
+    """Refuse to resume under a configuration that would not go the same way.
+
+    Raises:
+        UserError: naming what differs, from what to what.
+    """
+    saved, new = _flat(saved_yaml), _flat(yaml)
+    different = [
+        f"{key}: {saved.get(key)} → {new.get(key)}"
+        for key in sorted(saved.keys() | new.keys())
+        if saved.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME)
+    ]
+    if different:
+        shown = "; ".join(different[:6]) + (f"; and {len(different) - 6} more" if len(different) > 6 else "")
+        raise UserError(
+            "resume=true: the configuration is not the interrupted run's",
+            where=f"{where}: {shown}",
+            hint="repeat the command of the interrupted run, or start anew in another out=DIR",
+        )
+
+
+def _flat(text: str) -> dict[str, Any]:
+    """Dotted key → value of a configuration file, without its defaults list."""
+    import yaml
+
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            flat[prefix] = node
+
+    content = yaml.safe_load(text)
+    content.pop("defaults", None)
+    walk(content, "")
+    return flat

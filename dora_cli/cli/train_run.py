@@ -1,0 +1,218 @@
+"""One training run: build, plan, train, write. Everything that the rooms may not know of each other meets here."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dora_cli.checkpoints.adapter_format import LowRank, write_adapter, write_full
+from dora_cli.checkpoints.atomic import atomic_write_text
+from dora_cli.checkpoints.merge import merge
+from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, save_checkpoint
+from dora_cli.cli import run_folder
+from dora_cli.config.compose import Composed
+from dora_cli.evaluation.predict import evaluate
+from dora_cli.reporting.events import ALLOCATION, MetricsFile
+from dora_cli.reporting.terminal import View, print_plan, print_summary
+from dora_cli.training.loop import Hooks, train
+from dora_cli.training.plan import describe
+from dora_cli.training.setup import Session, build
+from dora_cli.training.state import Progress, capture, restore
+from dora_cli.training.summary import rank_map, summarise
+
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def run(composed: Composed) -> int:
+    """Train as composed. Returns the exit code.
+
+    Raises:
+        UserError: anything the user can put right; before the folder is made wherever that can be known.
+    """
+    config = composed.config
+    budget = config.budget if composed.parts["adapter"].budgeted else None
+    out = Path(config.out) if config.out else run_folder.default_out(composed.recipe, composed.method, budget, config.seed)
+    if not config.dry_run:
+        run_folder.check_free(out, resume=config.resume, overwrite=config.overwrite)
+        if config.resume and run_folder.is_finished(out):
+            print(f"{out} is finished; nothing to resume")
+            return 0
+        if config.resume and (out / run_folder.CONFIG).exists():
+            saved = (out / run_folder.CONFIG).read_text(encoding="utf-8")
+            run_folder.check_same(saved, composed.yaml, out / run_folder.CONFIG)
+    session = build(composed)
+    print_plan(describe(session, str(out)))
+    if config.dry_run:
+        return 0
+    return _Run(session, out).go()
+
+
+class _Run:
+    """A run's files, opened; the hooks that the loop calls."""
+
+    def __init__(self, session: Session, out: Path) -> None:
+        self.session, self.out, self.progress = session, out, Progress()
+        self.signal: str | None = None
+        self.messages: list[str] = []
+        config = session.config
+        checkpoint = None
+        if config.resume:
+            checkpoint, self.messages = newest_checkpoint(out / run_folder.CHECKPOINTS)
+        elif out.exists():
+            run_folder.clear(out)
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(out / run_folder.CONFIG, session.composed.yaml)
+        if checkpoint is not None:
+            self.progress = restore(session, *load_checkpoint(checkpoint))
+            self.messages.append(f"resuming from {checkpoint}")
+        self.metrics = MetricsFile(out / run_folder.METRICS, self.progress.step if checkpoint else None)
+        self.progress.events = [
+            {k: v for k, v in r.items() if k != "split"} for r in self.metrics.records if r["split"] == ALLOCATION
+        ]
+        self.view = View(
+            total_steps=session.total_steps,
+            start_units=session.allocation.start_count if session.allocation.allocator.scores else 0,
+            final_units=f"{session.allocation.last:,}",
+            metric=session.task.metric_names[0],
+            log=out / run_folder.LOG,
+            first_step=self.progress.step,
+        )
+
+    def go(self) -> int:
+        hooks = Hooks(
+            evaluate=self._evaluate,
+            export=self._export,
+            save=self._save,
+            log=self._log,
+            event=self._event,
+            evaluated=self._evaluated,
+            stop=lambda: self.signal,
+        )
+        with self.view, self._signals():
+            for message in self.messages:
+                self.view.line(message)
+            stopped = train(self.session, self.progress, hooks)
+            if stopped:
+                self.view.line(f"{stopped}: saved step {self.progress.step}; go on with resume=true")
+        if stopped:
+            self.metrics.close()
+            return EXIT_CODES[stopped]
+        self._finish()
+        return 0
+
+    # ---- hooks ---------------------------------------------------------------------------------------------------
+    def _evaluate(self) -> dict[str, dict[str, float]]:
+        session = self.session
+        splits = {}
+        for role, encoded in session.encoded.items():
+            if role != "train":
+                result = evaluate(
+                    session.forward,
+                    session.task,
+                    encoded,
+                    device=session.device,
+                    batch_size=session.config.train.eval_batch_size,
+                    autocast_dtype=session.autocast_dtype,
+                )
+                splits[role] = result.metrics
+        return splits
+
+    def _export(self, record: dict[str, Any]) -> None:
+        write_result(self.session, self.out / run_folder.ADAPTER, record)
+
+    def _save(self) -> None:
+        self.metrics.sync()
+        self._write_ranks()
+        folder = self.out / run_folder.CHECKPOINTS
+        folder.mkdir(exist_ok=True)
+        keep = self.session.config.train.keep_last
+        save_checkpoint(folder, self.progress.step, *capture(self.session, self.progress), keep_last=keep)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self.metrics.write(record)
+        self.view.train(record)
+
+    def _event(self, record: dict[str, Any]) -> None:
+        self.metrics.write({"step": record["step"], "split": ALLOCATION, **record})
+        self.view.event(record)
+
+    def _evaluated(self, record: dict[str, Any], better: bool) -> None:
+        for split, metrics in record["metrics"].items():
+            self.metrics.write({"step": record["step"], "split": split, **metrics})
+        self.view.evaluated(record, better)
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+    def _finish(self) -> None:
+        self.metrics.close()
+        self._write_ranks()
+        files = {"adapter at": self.out / run_folder.ADAPTER}
+        if self.session.config.save.merged:
+            files["merged at"] = self.out / run_folder.MERGED
+            merge(self.out / run_folder.ADAPTER, files["merged at"])
+        summary = summarise(self.session, self.progress)
+        # Last of all: a folder with a summary is a finished run.
+        atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
+        print_summary(summary, files | {"all files": self.out})
+
+    def _write_ranks(self) -> None:
+        atomic_write_text(self.out / run_folder.RANKS, json.dumps(self.progress.events) + "\n")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks the loop to save and stop; a second one ends the process at once."""
+
+        def handle(number: int, _: object) -> None:
+            name = signal.Signals(number).name
+            if self.signal is not None:
+                os._exit(EXIT_CODES[name])
+            self.signal = name
+            self.view.line(f"{name}: saving after this step; once more ends at once")
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None:
+    """Write the weights as they are into ``folder``, in PEFT's layout where ΔW has low rank (DESIGN 5)."""
+    composed, table = session.composed, session.allocation.table
+    method = {
+        "method": composed.method,
+        "parts": composed.names,
+        "recipe": composed.recipe,
+        "step": record["step"],
+        "metrics": record["metrics"],
+        "architecture": type(session.model).__name__,
+        "base_model_prefix": getattr(session.model, "base_model_prefix", ""),
+        "model_config": session.model.config.to_diff_dict(),
+        "ranks": rank_map(session),
+    }
+    state = session.model.state_dict()
+    head = {k: v for k, v in state.items() if any(k.startswith(f"{h}.") for h in session.head_modules)}
+    common = {"base_name": session.config.model.name, "task_type": session.task.peft_task_type, "method": method}
+    if composed.parts["adapter"].export == "full":
+        trained = {n: p.detach() for n, p in session.trained_parameters().items()}
+        write_full(folder, tensors=trained | head, **common)
+        return
+    modules = []
+    for m, (name, layer) in enumerate(session.layers.items()):
+        a, b = layer.low_rank()
+        living = table.alive[table.rows[m]] if a.shape[0] == len(table.rows[m]) else ...
+        modules.append(LowRank(name=name, a=a[living], b=b[:, living], transposed=layer.transposed))
+    scores = session.allocation.importance.state_dict()
+    tensors = {k: v for k, v in scores.items() if hasattr(v, "shape")}
+    write_adapter(
+        folder,
+        modules=modules,
+        head=head,
+        head_modules=session.head_modules,
+        export=session.config.export,
+        state=tensors,
+        **common,
+    )

@@ -1,0 +1,1 @@
+"""What may be configured, and the refusal of everything else."""

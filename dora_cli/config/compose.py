@@ -1,0 +1,232 @@
+"""From overrides to one typed, checked configuration.
+
+Hydra composes the files. Before it does, every file and override that takes part is held against the bare schema, file
+and line at hand, because Hydra alone accepts ``+typo`` and says little about where a mistake stands.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dora_cli.config import record
+from dora_cli.config.check import Key, check_config, check_range, check_type, find_key, known_keys, show
+from dora_cli.config.layers import Layer, Recipe, find_recipe, opened
+from dora_cli.config.overrides import Override, parse
+from dora_cli.config.recipes import GROUPS, check_choice, missing_recipe, search_folders
+from dora_cli.config.schema import MISSING, PART_GROUPS, Config, part_defaults, part_schema
+from dora_cli.errors import UserError
+
+Parts = Mapping[str, Mapping[str, type]]  # group → name → the part's dataclass
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One run's configuration.
+
+    ``parts`` holds the five built parts and ``names`` their names, by group; ``dropped`` says which options from files
+    the chosen parts do not read; ``yaml`` is the text of ``RUN/config.yaml``.
+    """
+
+    config: Config
+    parts: dict[str, Any]
+    names: dict[str, str]
+    recipe: str
+    method: str
+    dropped: list[str]
+    yaml: str
+
+
+def compose(overrides: Sequence[str], parts: Parts, config_dirs: Iterable[str | Path] = ()) -> Composed:
+    """Compose and check the configuration of one run. Changes no folder and no global state of Hydra's.
+
+    Args:
+        overrides: command-line overrides, ``recipe=`` among them.
+        parts: the parts that may be chosen; ``config`` itself does not import them.
+        config_dirs: the user's own folders of recipes and group files; they win over the shipped ones.
+
+    Raises:
+        UserError: anything that the user can put right, with file and line where it comes from a file.
+    """
+    folders = search_folders(config_dirs)
+    schema = root_schema(parts)
+    keys = known_keys(schema)
+    typed = parse(overrides, keys)
+    chosen = {o.key: o.value for o in typed if o.key in GROUPS}
+    if "recipe" not in chosen:
+        raise missing_recipe(folders)
+    for group, name in chosen.items():
+        check_choice(group, name, folders)
+    recipe = find_recipe(chosen["recipe"], folders)
+    _check_choices_of_record(recipe, chosen)
+
+    with opened(recipe, schema, folders, [o.line for o in typed if o.key != "recipe"]) as composition:
+        layers = composition.layers()
+        origin = _check_leaves(layers, typed, keys)
+        _check_sweep(layers, typed, recipe)
+        cfg = composition.config()
+
+    picked: dict[str, str] = dict(cfg.hydra.runtime.choices)
+    values = _resolve(cfg, origin)
+    _check_values(values, keys, origin)
+    names = {group: values[group].pop("name") for group in PART_GROUPS}
+    built, options, dropped = {}, {}, []
+    for group, name in names.items():
+        if name not in parts[group]:
+            raise UserError(f"unknown {group} '{name}'", where=origin.get(f"{group}.name"))
+        options[group], unread = _options(group, name, values[group], parts, origin)
+        built[group] = _build(group, parts[group][name], options[group], origin)
+        dropped += unread
+    static: Any = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(Config), {k: v for k, v in values.items() if k not in PART_GROUPS})
+    )
+    _expand_home(static)
+    check_config(static, origin.get)
+
+    method = picked["method"]
+    selected = {"model": picked["model"], "data": picked["data"], **names, "method": method}
+    whole = {k: v for k, v in values.items() if k not in PART_GROUPS}
+    whole |= {group: {"name": names[group], **options[group]} for group in PART_GROUPS}
+    text = record.write(recipe.name, selected, whole)
+    return Composed(static, built, names, recipe.name, method, dropped, text)
+
+
+def root_schema(parts: Parts) -> type:
+    """The dataclass of the whole configuration: ``Config`` and the five part groups."""
+    groups = {group: part_schema(group, parts[group]) for group in PART_GROUPS}
+    return make_dataclass("RootConfig", [(g, s, field(default_factory=s)) for g, s in groups.items()], bases=(Config,))
+
+
+# ---- checks -------------------------------------------------------------------------------------------------------
+
+
+def _check_choices_of_record(recipe: Recipe, chosen: Mapping[str, str]) -> None:
+    if not recipe.is_record:
+        return
+    for group, name, where in recipe.choices():
+        if chosen.get(group, name) != name:
+            raise UserError(
+                f"{group}={chosen[group]} contradicts this run's configuration, which fixes {group}: {name}",
+                where=where,
+                hint=f"start from the recipe instead: recipe={recipe.name} {group}={chosen[group]}",
+            )
+
+
+def _check_leaves(layers: Iterable[Layer], typed: Iterable[Override], keys: Mapping[str, Key]) -> dict[str, str | None]:
+    """Hold every key and value of every file, then of the command line, against the schema.
+
+    Returns:
+        Key → where its last value stands; None means the command line.
+    """
+    origin: dict[str, str | None] = {}
+    part_names: dict[str, str] = {}
+    for layer in layers:
+        for leaf in layer.leaves():
+            check_type(find_key(leaf.key, keys, leaf.where), leaf.value, leaf.where)
+            origin[leaf.key] = leaf.where
+            group, _, option = leaf.key.partition(".")
+            if group not in PART_GROUPS or option != "name":
+                continue
+            if layer.name.startswith(f"{group}/"):
+                part_names[group] = leaf.value
+            elif leaf.value != part_names.get(group):
+                raise UserError(
+                    f"this file says {leaf.key}: {leaf.value}, but {group}={part_names.get(group)} is chosen",
+                    where=leaf.where,
+                    hint=f"remove the line, and choose by {group}=NAME or under defaults",
+                )
+    for override in typed:
+        if override.key in GROUPS:
+            continue
+        group, _, option = override.key.partition(".")
+        if group in PART_GROUPS and option == "name":
+            raise UserError(f"{override.key} cannot be set", hint=f"choose the part by {group}={show(override.value)}")
+        check_type(find_key(override.key, keys), override.value)
+        origin[override.key] = None
+    return origin
+
+
+def _check_sweep(layers: Iterable[Layer], typed: Iterable[Override], recipe: Recipe) -> None:
+    """A recipe may say what ``-m`` sweeps over; without ``-m`` (or values for those keys) it is not one run."""
+    given = {override.key for override in typed}
+    for layer in layers:
+        unset = {key: leaf for key, leaf in layer.sweep().items() if key not in given}
+        if unset:
+            where = next(iter(unset.values())).where
+            raise UserError(f"recipe {recipe.name} is a sweep over {', '.join(unset)}", where=where, hint="add -m")
+
+
+def _resolve(cfg: DictConfig, origin: Mapping[str, str | None]) -> dict[str, Any]:
+    """The configuration as plain containers with interpolations replaced, without Hydra's own node."""
+    values: dict[str, Any] = {}
+    for key in (str(k) for k in cfg if k != "hydra"):
+        try:
+            node = cfg._get_node(key)
+            values[key] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else cfg[key]
+        except OmegaConfBaseException as error:
+            full = error.full_key or key
+            message = str(error.msg or error).splitlines()[0]
+            raise UserError(f"cannot resolve {full}: {message}", where=origin.get(full)) from error
+    return values
+
+
+def _check_values(values: Mapping[str, Any], keys: Mapping[str, Key], origin: Mapping[str, str | None]) -> None:
+    for name, key in keys.items():
+        value: Any = values
+        for part in name.split("."):
+            value = value[part]
+        if value == MISSING:
+            raise UserError(f"{name} is not set", where=origin.get(name), hint=f"set it: {name}=…")
+        check_type(key, value, origin.get(name))
+        check_range(key, value, origin.get(name))
+
+
+def _options(
+    group: str, name: str, values: Mapping[str, Any], parts: Parts, origin: Mapping[str, str | None]
+) -> tuple[dict[str, Any], list[str]]:
+    """The part's options with its own defaults filled in, and a line for each option from a file that it does not read.
+
+    Raises:
+        UserError: an option from the command line that the part does not read.
+    """
+    own = part_defaults(parts[group][name])
+    dropped = []
+    for option, value in values.items():
+        if value is None or option in own:
+            continue
+        key = f"{group}.{option}"
+        text = f"{key}={show(value)}: {name} does not read it"
+        if origin.get(key) is None:
+            readers = ", ".join(n for n, part in parts[group].items() if option in part_defaults(part))
+            reads = ", ".join(f"{group}.{o}" for o in own) or "no options"
+            raise UserError(text, where=f"{group}={name} reads {reads}", hint=f"{key} is read by {readers}")
+        dropped.append(text)
+    return own | {o: v for o, v in values.items() if o in own and v is not None}, dropped
+
+
+def _build(group: str, part: type, options: Mapping[str, Any], origin: Mapping[str, str | None]) -> Any:
+    """Check the options against the part's own types and ranges, and make the part."""
+    hints = get_type_hints(part)
+    for f in fields(part):
+        key, where = Key(f"{group}.{f.name}", hints[f.name], f.metadata), origin.get(f"{group}.{f.name}")
+        check_type(key, options[f.name], where)
+        check_range(key, options[f.name], where)
+    try:
+        return part(**options)
+    except UserError as error:
+        if error.where is None:  # a rule of the part's own: it names the key, and we know where that stands
+            named = re.findall(rf"\b{group}\.\w+", error.message)
+            error.where = next((where for key in named if (where := origin.get(key))), None)
+        raise
+
+
+def _expand_home(config: Config) -> None:
+    """A shell leaves ``~`` alone behind ``out=``."""
+    for owner, attribute in ((config, "out"), (config.data, "path"), (config.model, "name")):
+        value = getattr(owner, attribute)
+        if value and value.startswith("~"):
+            setattr(owner, attribute, str(Path(value).expanduser()))

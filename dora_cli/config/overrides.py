@@ -1,0 +1,197 @@
+"""Command-line overrides: what the user typed, made into what Hydra's grammar means by it.
+
+Hydra reads ``a=b`` in a value as a syntax error, ``a,b`` as a sweep and ``\\(`` as an escape. Here a value of a text
+key is the text as typed, and so is any other value that Hydra reads as plain text.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Quote, QuotedString, Transformer
+from hydra.core.override_parser.types import Override as HydraOverride
+from hydra.errors import HydraException
+
+from dora_cli.config.check import Key, find_key
+from dora_cli.config.recipes import GROUPS, choices
+from dora_cli.errors import UserError
+
+PATH_KEYS = ("out", "data.path", "adapter.init_from")
+NAME = re.compile(r"[A-Za-z_][\w.\-]*")
+SIMPLE = re.compile(r"[A-Za-z_][\w./-]*")
+
+
+@dataclass(frozen=True)
+class Override:
+    """``key=value`` from the command line: the value in Python, and the line to hand to Hydra."""
+
+    key: str
+    value: Any
+    line: str
+
+
+def parse(arguments: Iterable[str], keys: Mapping[str, Key]) -> list[Override]:
+    """Read overrides for one run. Where a key comes twice, the last one counts.
+
+    Raises:
+        UserError: not ``key=value``, an unknown key, a value that asks for several runs.
+    """
+    parsed: dict[str, Override] = {}
+    for argument in arguments:
+        key, text = split(argument)
+        parsed.pop(key, None)
+        if key in GROUPS:
+            parsed[key] = _choice(key, text)
+            continue
+        known = find_key(key, keys)
+        # A new key below a mapping (data.columns.text) needs Hydra's ++ in a strict configuration.
+        prefix = "++" if known.is_free or key not in keys else ""
+        value, grammar = _value(known, text)
+        parsed[key] = Override(key, value, f"{prefix}{key}={grammar}")
+    return list(parsed.values())
+
+
+def split(argument: str) -> tuple[str, str]:
+    """Key and value of ``key=value``, ``+key=value`` or ``++key=value``.
+
+    Raises:
+        UserError: anything else.
+    """
+    key, equals, text = argument.partition("=")
+    if key.startswith("~"):
+        raise UserError(f"'{argument}': keys cannot be removed", hint=f"{key[1:]}=null takes the default")
+    if not equals:
+        guess = f"did you mean recipe={argument}?" if argument.endswith((".yaml", ".yml")) else "write key=value"
+        raise UserError(f"'{argument}' is not key=value", hint=guess)
+    name = re.sub(r"^\+{1,2}", "", key).strip()
+    if name.startswith(("hydra.", "hydra/")):
+        raise UserError(f"'{name}' is Hydra's own key", hint="the run folder is out=DIR, and -m runs a sweep")
+    if not NAME.fullmatch(name):
+        raise UserError(f"cannot read '{argument}'", hint="write key=value, for example train.epochs=3")
+    if not text.strip():
+        raise UserError(f"{name}= has no value", hint=f"write {name}=null for none")
+    return name, text
+
+
+def _choice(group: str, text: str) -> Override:
+    name = text.strip()
+    if is_quoted(name):
+        name = name[1:-1]
+    elif "," in name and not Path(name).expanduser().is_file():
+        raise _several(group, name)
+    return Override(group, name, f"{group}={quote(name)}")
+
+
+def _value(key: Key, text: str) -> tuple[Any, str]:
+    """The value of one run, and how to write it in Hydra's grammar."""
+    if key.is_text and not is_quoted(text):
+        if text.lower() == "null":
+            return None, "null"
+        if "," in text and not _is_literal(key.name, text):
+            raise _several(key.name, text)
+        return text, quote(text)
+    override = _grammar(text)
+    if override is None:  # not Hydra's grammar: text that the key's type will accept or refuse
+        return text, quote(text)
+    if override.is_sweep_override():
+        raise _several(key.name, text)
+    value = override.value()
+    if isinstance(value, str) and not is_quoted(text):
+        return text, quote(text)
+    return value, text
+
+
+def _grammar(text: str) -> HydraOverride | None:
+    try:
+        return OverridesParser.create().parse_overrides([f"key={text}"])[0]
+    except HydraException:
+        return None
+
+
+def _is_literal(name: str, text: str) -> bool:
+    """Whether a comma in the value of a text key is part of the text rather than a list of runs."""
+    return name in PATH_KEYS or name.startswith(("data.columns.", "data.splits.")) or bool(set(text) & set("/\\ "))
+
+
+def _several(name: str, text: str) -> UserError:
+    return UserError(
+        f"{name}={text} gives several values to one run",
+        hint=f"-m makes one run of each; a list is {name}=[a,b], and text with a comma needs quotes: \"{name}='a,b'\"",
+    )
+
+
+def quote(text: str) -> str:
+    """``text`` in Hydra's quotes, so that it is read as exactly that text."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def is_quoted(text: str) -> bool:
+    """Whether the user put quotes around the whole value, which then means what Hydra says."""
+    if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
+        return False
+    override = _grammar(text)
+    return override is not None and not override.is_sweep_override()
+
+
+# ---- sweeps -------------------------------------------------------------------------------------------------------
+
+
+def parse_sweep(
+    arguments: Iterable[str], keys: Mapping[str, Key], folders: Sequence[Path]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Read the overrides of a sweep (``-m``): ``a,b,c``, ``range(1,4)``, ``choice(a,b)``, ``glob(dora*)``.
+
+    Keys that ``keys`` does not know are not refused here but by the run that gets them: the options of parts are known
+    only once the parts are loaded.
+
+    Returns:
+        The overrides that all runs share, as typed, and for every swept key its values, as each run gets them.
+
+    Raises:
+        UserError: not ``key=value``, or a sweep that cannot be listed.
+    """
+    shared: dict[str, str] = {}
+    axes: dict[str, list[str]] = {}
+    for argument in arguments:
+        name, text = split(argument)
+        shared.pop(name, None)
+        axes.pop(name, None)
+        values = sweep_values(name, text, is_text=name in keys and keys[name].is_text, folders=folders)
+        if values is None:
+            shared[name] = argument
+        else:
+            axes[name] = values
+    return list(shared.values()), axes
+
+
+def sweep_values(name: str, text: str, *, is_text: bool, folders: Sequence[Path]) -> list[str] | None:
+    """The values of one swept key, each as a run's command line takes it; None where there is only one value.
+
+    Raises:
+        UserError: an ``interval``, which has no end of values, or a sweep without any.
+    """
+    override = _grammar(text)
+    if override is None and is_text and "," in text:  # Hydra cannot read it, but its commas are plain enough
+        return [part if SIMPLE.fullmatch(part) else quote(part) for part in map(str.strip, text.split(","))]
+    if override is None or not override.is_sweep_override():
+        return None
+    glob: Any = override.value()
+    if isinstance(glob, Glob):
+        values = glob.filter(list(choices(name, folders)))
+    elif override.is_discrete_sweep():
+        values = [str(value) for value in override.sweep_iterator(transformer=_as_argument)]
+    else:
+        raise UserError(f"{name}={text} has no list of values", hint="use a,b,c or range(start,stop,step)")
+    if not values:
+        offered = ", ".join(choices(name, folders)) or "glob() chooses among recipes, methods, models, data and parts"
+        raise UserError(f"{name}={text} names no value", hint=offered)
+    return values
+
+
+def _as_argument(element: Any) -> str:
+    if isinstance(element, str):
+        return element if SIMPLE.fullmatch(element) else quote(element)
+    return Transformer.str(element)

@@ -1,0 +1,44 @@
+"""``RUN/config.yaml``: a run's whole configuration, written as a recipe that repeats it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dora_cli.config.recipes import HEADER
+
+TITLE = "# Every value of a run, as it was used."
+NOT_REPEATED = ("out", "resume", "overwrite", "dry_run")  # they speak of one start, not of what is trained
+
+
+def write(recipe: str, chosen: Mapping[str, str], values: Mapping[str, Any]) -> str:
+    """The text of ``config.yaml``.
+
+    Args:
+        recipe: the recipe's name, kept in a comment.
+        chosen: group → choice for model, data, method and the five parts.
+        values: the resolved configuration, nested.
+    """
+    body = {key: value for key, value in values.items() if key not in NOT_REPEATED}
+    defaults = ["_self_", *({f"override /{group}": name} for group, name in chosen.items())]
+    text = OmegaConf.to_yaml(OmegaConf.create(_literal({"defaults": defaults, **body})))
+    comments = ["#   dora-train recipe=THIS_FILE out=NEW      repeats it", f"#   recipe: {recipe}"]
+    return "\n".join([HEADER, TITLE, *comments, text])
+
+
+def recipe_of(text: str) -> str | None:
+    """The recipe's name where ``text`` is such a file, else None."""
+    if not text.startswith(f"{HEADER}\n{TITLE}\n"):
+        return None
+    match = re.search(r"^#   recipe: (.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else None
+
+
+def _literal(value: Any) -> Any:
+    """Resolved text may hold ``${``, which must not be taken for an interpolation when it is read again."""
+    if isinstance(value, Mapping):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_literal(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

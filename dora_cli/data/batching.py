@@ -1,0 +1,90 @@
+"""Which rows form a batch: plans without state, so that any epoch can be entered anywhere."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dora_cli.data.encoded import Encoded
+
+MEGABATCH = 50  # batches whose rows are sorted together: padding shrinks, the order stays random at large
+
+
+@dataclass(frozen=True)
+class LengthGroupedBatches:
+    """Training batches of rows of similar length.
+
+    ``epoch(e)`` is a function of the seed and ``e`` alone: every row once, in batches of ``batch_size`` (one may be
+    shorter), the batch with the longest row first, so that memory runs out at once or never.
+
+    Attributes:
+        lengths: tokens of every row, shape ``(N,)``.
+        batch_size: rows per batch.
+        seed: of the order.
+    """
+
+    lengths: Tensor
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The row numbers of every batch of an epoch (counted from 0)."""
+        generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
+        order = torch.randperm(len(self.lengths), generator=generator)
+        batches: list[list[int]] = []
+        for mega in order.split(MEGABATCH * self.batch_size):
+            longest_first = self.lengths[mega].argsort(descending=True, stable=True)
+            batches += [batch.tolist() for batch in mega[longest_first].split(self.batch_size)]
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        # A batch starts with its longest row.
+        longest = max(range(len(batches)), key=lambda i: int(self.lengths[batches[i][0]]))
+        batches[:1], batches[longest : longest + 1] = batches[longest : longest + 1], batches[:1]
+        return batches
+
+
+def sequential_batches(lengths: Tensor, batch_size: int) -> list[list[int]]:
+    """Evaluation batches: rows from long to short, so that little is padded; the same for every call."""
+    return [batch.tolist() for batch in lengths.argsort(descending=True, stable=True).split(batch_size)]
+
+
+def batches(
+    dataset: Encoded,
+    plan: Sequence[list[int]],
+    *,
+    collate: Callable[[Any], dict[str, Tensor]] | None = None,
+    workers: int = 0,
+    pin: bool = False,
+    skip: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of a plan, without touching the global random state.
+
+    Args:
+        dataset: the rows.
+        plan: row numbers of every batch.
+        collate: examples to batch; by default the data set's own.
+        workers: processes that collate ahead; 0 for none.
+        pin: put batches into page-locked memory, for copies to a GPU that do not wait.
+        skip: batches to leave out at the start, when a run goes on in the middle of an epoch.
+    """
+    yield from DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=plan[skip:],
+        collate_fn=collate or dataset.collate,
+        num_workers=workers,
+        pin_memory=pin,
+        # The loader draws a seed for its workers, from the global state if it has no generator of its own.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _mixed(seed: int, epoch: int) -> int:
+    """One seed of two numbers; torch's generator reads only its low 32 bits, so they are hashed, not concatenated."""
+    return int.from_bytes(sha256(f"{seed} {epoch}".encode()).digest()[:4])

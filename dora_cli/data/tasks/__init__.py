@@ -1,0 +1,26 @@
+"""Kinds of tasks: what a row must hold, which model it needs, what the loss is and what is predicted."""
+
+from typing import Any
+
+from dora_cli.registry import load
+
+TASKS = {
+    "classification": "dora_cli.data.tasks.classification:Classification",
+    "regression": "dora_cli.data.tasks.regression:Regression",
+}
+
+LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a metric (a name of ``data.metrics``, or ``loss``) is better."""
+    return metric not in LOWER_IS_BETTER
+
+
+def build_task(config: Any) -> Any:
+    """The task that ``config.task`` names (a ``config.schema.DataConfig``), not yet fitted to rows.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    return load(TASKS, config.task, key="data.task")(config)

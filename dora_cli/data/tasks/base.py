@@ -1,0 +1,79 @@
+"""What the loop, the evaluation and the checkpoints ask of a task."""
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from dora_cli.data.encoded import Encoded
+from dora_cli.data.sources import Rows
+
+
+class TaskChoice(Protocol):
+    """What tasks read of ``config.schema.DataConfig``."""
+
+    columns: dict[str, str]
+    labels: list[str] | None
+    metrics: list[str]
+    max_length: int
+
+
+class Loss(NamedTuple):
+    """A batch's loss, not yet averaged, so that accumulated gradients can be weighted exactly.
+
+    ``total``: the sum over what the loss averages over (rows, or tokens), float32, no dimensions. ``n``: how many those
+    were. ``outputs``: what ``Task.predict`` reads.
+    """
+
+    total: Tensor
+    n: int
+    outputs: Tensor
+
+
+class Task(Protocol):
+    """One kind of task. Order of use: ``fit``, ``model_kwargs``, ``encode``, then ``loss`` and the rest.
+
+    Attributes:
+        auto_class: transformers' class for the model.
+        peft_task_type: the same in PEFT's words, for ``adapter_config.json``.
+        metric_names: what to report; the first chooses the best checkpoint.
+        num_labels: outputs of the head, 1 for regression.
+        higher_is_better: of the first metric.
+    """
+
+    auto_class: str
+    peft_task_type: str
+    metric_names: list[str]
+
+    @property
+    def num_labels(self) -> int: ...
+
+    @property
+    def higher_is_better(self) -> bool: ...
+
+    def fit(self, rows: Rows) -> None:
+        """Find the columns, read the labels, check every row.
+
+        Raises:
+            UserError: a missing column, or a row that can't be used, with file and line.
+        """
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """What the task adds to the model's configuration."""
+
+    def encode(self, rows: Any, tokenizer: Any) -> Encoded:
+        """Tokenise one split (a ``datasets.Dataset`` of the rows that were fitted)."""
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        """What the loss of a batch averages over (rows, or tokens), known before the model has run."""
+
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> Loss:
+        """Run the model on a batch (on the model's device) and measure it, in float32."""
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """What the model says, one value a row, shape ``(n,)``."""
+
+    def reference(self, batch: dict[str, Tensor]) -> Tensor:
+        """What it should say, one value a row, shape ``(n,)``."""
+
+    def decode(self, values: Tensor) -> list[Any]:
+        """Predictions or references as they are written into a file."""

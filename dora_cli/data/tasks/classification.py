@@ -1,0 +1,173 @@
+"""Classification of a text or a pair of texts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_cli.data.encoded import Encoded
+from dora_cli.data.sources import Rows
+from dora_cli.data.tasks import higher_is_better
+from dora_cli.data.tasks.base import Loss, TaskChoice
+from dora_cli.data.tasks.text import check_texts, encode_texts, find_columns, values
+from dora_cli.errors import UserError
+
+
+class Classification:
+    """One of several labels for a row (see ``Task``).
+
+    The labels are ``config.labels``, else those of the data: the names of a ``ClassLabel`` column, or the different
+    values in train (numbers in their order, words by alphabet). With ``config.labels``, data may also give a label by
+    its position, as the GLUE files do.
+    """
+
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task_type = "SEQ_CLS"
+
+    def __init__(self, config: TaskChoice) -> None:
+        self.config = config
+        self.metric_names = list(config.metrics) or ["accuracy"]
+        self.columns: dict[str, str] = {}
+        self.labels: list[str] = []
+        self._positions: dict[str, int] = {}
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return higher_is_better(self.metric_names[0])
+
+    def fit(self, rows: Rows) -> None:
+        self.columns = find_columns(self.config.columns, rows)
+        self.labels = self._read_labels(rows)
+        self._positions = _positions(self.labels)
+        for role, dataset in rows.splits.items():
+            check_texts(rows, role, [self.columns[c] for c in ("text", "text_pair") if c in self.columns])
+            names = _class_names(dataset, self.columns["label"])
+            for i, value in enumerate(values(dataset, self.columns["label"])):
+                if self._index(value, names) is None:
+                    raise self._outside(value, rows, role, i)
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return {
+            "num_labels": self.num_labels,
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: i for i, label in enumerate(self.labels)},
+            "problem_type": "single_label_classification",
+        }
+
+    def encode(self, rows: Any, tokenizer: Any) -> Encoded:
+        column = self.columns["label"]
+        names = _class_names(rows, column)
+        labels = torch.tensor([self._index(value, names) for value in values(rows, column)])
+        return encode_texts(
+            rows, self.columns, tokenizer, max_length=self.config.max_length, scalars={"labels": labels}
+        )
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        return len(batch["labels"])
+
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> Loss:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits = model(**inputs).logits.float()  # (n, num_labels)
+        return Loss(F.cross_entropy(logits, batch["labels"], reduction="sum"), self.count(batch), logits)
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        return outputs.argmax(dim=-1)
+
+    def reference(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["labels"]
+
+    def decode(self, values: Tensor) -> list[str]:
+        return [self.labels[i] for i in values.tolist()]
+
+    def _read_labels(self, rows: Rows) -> list[str]:
+        if self.config.labels is not None:
+            return _distinct([str(label) for label in self.config.labels])
+        role = "train" if "train" in rows.splits else next(iter(rows.splits))
+        column = self.columns["label"]
+        names = _class_names(rows.splits[role], column)
+        if names is not None:
+            return _distinct(names)
+        found: set[str] = set()
+        count = 0
+        for i, value in enumerate(values(rows.splits[role], column)):
+            count += 1
+            text = _text(value, None)
+            if text is None:
+                raise self._outside(value, rows, role, i)
+            found.add(text)
+        if len(found) > 100 and len(found) > count / 2:
+            raise UserError(
+                f"column '{column}' has {len(found)} different values in {count} rows: that is no label",
+                where=f"split '{role}' of {rows.source}",
+                hint="choose the label's column with data.columns.label=NAME, or data.task=regression for numbers",
+            )
+        if len(found) < 2:
+            raise UserError(
+                f"every row has the same label '{found.pop()}'",
+                where=f"column '{column}' of split '{role}' in {rows.source}",
+                hint="choose the label's column with data.columns.label=NAME, or list all labels in data.labels",
+            )
+        return sorted(found, key=lambda text: (0, int(text), "") if _is_integer(text) else (1, 0, text))
+
+    def _index(self, value: Any, names: Sequence[str] | None) -> int | None:
+        """The position of a row's label in ``labels``, or ``None``."""
+        index = self._positions.get(_text(value, names) or "")
+        return self._positions.get(str(value)) if index is None and names is not None else index
+
+    def _outside(self, value: Any, rows: Rows, role: str, index: int) -> UserError:
+        where = rows.where(role, index)
+        column = self.columns["label"]
+        if value is None or value == "":
+            return UserError(f"'{column}' is missing", where=where, hint="correct or remove the row")
+        if isinstance(value, float) and not value.is_integer():
+            return UserError(
+                f"label {value} is no whole number", where=where, hint="for numbers set data.task=regression"
+            )
+        shown = ", ".join(self.labels[:10]) + (", …" if len(self.labels) > 10 else "")
+        hint = "correct the row, or list all labels in data.labels"
+        if value == -1:
+            hint = "-1 stands for an unknown label, as in GLUE's test splits: such a split can't be evaluated"
+        return UserError(f"label '{value}' is none of the labels ({shown})", where=where, hint=hint)
+
+
+def _positions(labels: list[str]) -> dict[str, int]:
+    """What a row may say → position of the label: its name; true and false in any spelling; a position as a number,
+    where no label is itself a number."""
+    positions = {label.lower(): i for i, label in enumerate(labels) if label.lower() in ("true", "false")}
+    if not any(map(_is_integer, labels)):
+        positions |= {str(i): i for i in range(len(labels))}
+    return positions | {label: i for i, label in enumerate(labels)}
+
+
+def _text(value: Any, names: Sequence[str] | None) -> str | None:
+    """A label as text: ``None`` for what can't be one."""
+    if names is not None and isinstance(value, int) and 0 <= value < len(names):
+        return names[value]
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, int) or (isinstance(value, str) and value) else None
+
+
+def _is_integer(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
+def _class_names(dataset: Any, column: str) -> list[str] | None:
+    return getattr(dataset.features[column], "names", None)
+
+
+def _distinct(labels: list[str]) -> list[str]:
+    if len(set(labels)) < len(labels) or len(labels) < 2:
+        raise UserError(
+            f"data.labels={labels}: " + ("a label occurs twice" if len(labels) > 1 else "there must be at least two"),
+            hint="list every label once; null reads them from the data",
+        )
+    return labels

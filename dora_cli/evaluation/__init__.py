@@ -1,0 +1,9 @@
+"""Turns predictions into numbers. The tables name the metrics without importing them."""
+
+_METRICS = "dora_cli.evaluation.metrics"
+
+CLASSIFICATION = {
+    name: f"{_METRICS}:{name}" for name in ("accuracy", "balanced_accuracy", "f1", "precision", "recall", "matthews")
+}
+REGRESSION = {name: f"{_METRICS}:{name}" for name in ("pearson", "spearman", "mse", "mae")}
+METRICS = CLASSIFICATION | REGRESSION

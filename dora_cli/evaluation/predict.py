@@ -1,0 +1,85 @@
+"""Runs a model over a split: loss, metrics, and on request what it said to every row."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_cli.data.batching import batches, sequential_batches
+from dora_cli.data.encoded import Encoded
+from dora_cli.data.tasks.base import Task
+from dora_cli.evaluation.metrics import build_metrics
+
+
+@dataclass
+class EvalResult:
+    """``metrics``: ``loss`` (the mean over rows) and the task's metrics by name. ``predictions``: one
+    ``{"id", "prediction", "reference"}`` a row, in the order of the rows, or ``None`` if they were not asked for."""
+
+    metrics: dict[str, float]
+    predictions: list[dict[str, Any]] | None = None
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    encoded: Encoded,
+    *,
+    device: torch.device | str,
+    batch_size: int,
+    autocast_dtype: torch.dtype | None = None,
+    keep_predictions: bool = False,
+) -> EvalResult:
+    """Measure a model on a split, without gradients, dropout or random numbers; its training mode is restored.
+
+    Args:
+        model: on ``device``.
+        task: fitted; gives loss, predictions and the names of the metrics.
+        encoded: the split.
+        device: where the batches go.
+        batch_size: rows per batch; the results do not depend on it, but for rounding.
+        autocast_dtype: ``torch.bfloat16`` for mixed precision; ``None`` for the weights' own.
+        keep_predictions: also return what the model said to every row (one value a row is kept, never the logits).
+    """
+    metrics = build_metrics(task.metric_names, task.num_labels)
+    device = torch.device(device)
+    plan = sequential_batches(encoded.lengths, batch_size)
+    losses: list[Tensor] = []  # one number a batch, read at the end: no waiting for the device in between
+    rows = 0
+    predicted: list[Tensor] = []
+    expected: list[Tensor] = []
+    autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
+    with _evaluating(model), torch.no_grad(), autocast:
+        for batch in batches(encoded, plan):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            total, n, outputs = task.loss(model, batch)
+            prediction, reference = task.predict(outputs), task.reference(batch)
+            metrics.update(prediction, reference)
+            losses.append(total)
+            rows += n
+            if keep_predictions:
+                predicted.append(prediction.cpu())
+                expected.append(reference.cpu())
+    values = {"loss": torch.stack(losses).cpu().double().sum().item() / rows, **metrics.compute()}
+    if not keep_predictions:
+        return EvalResult(values)
+    order = torch.tensor([row for batch in plan for row in batch]).argsort()  # back from long-to-short
+    said = zip(
+        encoded.ids, task.decode(torch.cat(predicted)[order]), task.decode(torch.cat(expected)[order]), strict=True
+    )
+    return EvalResult(values, [{"id": i, "prediction": p, "reference": r} for i, p, r in said])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, then every module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,325 @@
+"""A base model and its tokenizer: from the hub, a folder, or a folder inside an installed package."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dora_cli.errors import UserError
+
+PACKAGE = "package://"
+PLACES = "model.name takes a hub name, a local folder, or package://NAME/SUBFOLDER"
+
+
+class ModelChoice(Protocol):
+    """What this room reads of ``config.schema.ModelConfig``."""
+
+    name: str
+    revision: str | None
+    trust_remote_code: bool
+
+
+@dataclass
+class LoadedModel:
+    """What ``load_model`` gives.
+
+    Attributes:
+        model: float32, on the CPU, in evaluation mode, nothing frozen yet.
+        tokenizer: always with a pad token.
+        missing: names of the parameters that the checkpoint did not provide (another shape counts as not provided),
+            in model order. They hold random numbers.
+        head_modules: modules to train and save in full, in model order; they cover ``missing`` (see ``find_heads``).
+        source: what the weights were read from: an absolute folder, or the hub name.
+    """
+
+    model: Any
+    tokenizer: Any
+    missing: list[str]
+    head_modules: list[str]
+    source: str
+
+
+def resolve_name(name: str) -> str:
+    """The hub name, or the absolute folder that ``name`` means, checked to hold a model with safetensors weights.
+
+    Args:
+        name: a local folder, ``package://NAME/SUBFOLDER`` (found without importing the package), or a hub name. What
+            exists as a folder is that folder.
+
+    Raises:
+        UserError: no such folder or package; a folder without ``config.json`` or without safetensors weights.
+    """
+    if not name.strip():
+        raise UserError("model.name is empty", hint=PLACES)
+    if name.startswith(PACKAGE):
+        return str(_checked_folder(_package_folder(name), name))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(_checked_folder(folder.resolve(), name))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model.name={name}: no such folder", where=f"looked for {folder.absolute()}", hint=PLACES)
+    return name
+
+
+def load_model(
+    config: ModelChoice, *, auto_class: str, offline: bool, max_length: int | None = None, **model_kwargs: Any
+) -> LoadedModel:
+    """Load a model for a task, in float32, with its tokenizer.
+
+    New parameters are drawn from torch's global generator: seed it first. Weights are read from safetensors only, and
+    no code that comes with the model is run unless ``config.trust_remote_code``.
+
+    Args:
+        config: name, revision, trust_remote_code.
+        auto_class: name of transformers' class for the task, e.g. ``AutoModelForSequenceClassification``.
+        offline: read local folders and the hub's cache only; nothing reaches for the network.
+        max_length: the longest input that will be given, in tokens; checked against the learned positions.
+        model_kwargs: what the task adds to the model's configuration, e.g. ``num_labels``.
+
+    Raises:
+        UserError: the model can't be found, is damaged, has no such head, lacks more than a head, has no tokenizer, or
+            takes shorter inputs than ``max_length``.
+    """
+    import transformers
+
+    source = resolve_name(config.name)
+    shared = {
+        "revision": config.revision or "main",
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": offline,
+    }
+    auto = getattr(transformers, auto_class)
+    with _quiet(), _network(allowed=not offline), _failures_named(config.name, offline):
+        settings = transformers.AutoConfig.from_pretrained(source, **shared, **model_kwargs)
+        _require_class(auto, auto_class, settings, config.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
+        model, report = auto.from_pretrained(
+            source,
+            config=settings,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **shared,
+        )
+    absent = set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]}
+    missing = [name for name, _ in model.named_parameters() if name in absent]
+    _refuse_unfit(model, missing, config.name)
+    _fit_tokenizer(model, tokenizer, config.name)
+    window = position_limit(model)
+    if max_length is not None and window is not None and max_length > window:
+        raise UserError(
+            f"data.max_length={max_length} is more than the {window} positions of {config.name}",
+            hint=f"set data.max_length to {window} or less",
+        )
+    return LoadedModel(model.eval(), tokenizer, missing, find_heads(model, missing), source)
+
+
+def find_heads(model: Any, missing: list[str]) -> list[str]:
+    """The modules to train in full: the task's head, and whatever else the checkpoint did not provide.
+
+    A task's head is what lies outside the base model, also where the checkpoint has one (a model that was fine-tuned
+    before); a language-model head is none, since it belongs to the pretrained model. Names are those of the largest
+    modules without any other parameter, e.g. ``classifier`` of RoBERTa, ``score`` of GPT-2, ``bert.pooler`` where a
+    checkpoint has no pooler.
+    """
+    trained = set(missing)
+    if model.get_output_embeddings() is None:
+        base = {id(p) for p in model.base_model.parameters()}
+        trained |= {name for name, p in model.named_parameters() if id(p) not in base}
+    heads: list[str] = []
+    for name, module in model.named_modules():
+        parameters = {f"{name}.{p}" for p, _ in module.named_parameters()}
+        if name and parameters and parameters <= trained and not _inside(name, heads):
+            heads.append(name)
+    partly = {name.rpartition(".")[0] for name in trained if not _inside(name, heads)} - {""}
+    return [name for name, _ in model.named_modules() if name in partly or name in heads]
+
+
+def position_limit(model: Any) -> int | None:
+    """The longest input in tokens that the learned absolute positions allow; ``None`` for other kinds of positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    words = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        # OPT and BART keep two rows more than they can use; relative and rotary positions have no such table.
+        is_table = isinstance(module, nn.Embedding) and module.num_embeddings in (positions, positions + 2)
+        if is_table and module is not words and ("position" in name.rpartition(".")[2] or name.endswith("wpe")):
+            # RoBERTa counts positions from its padding index + 1.
+            return positions if module.padding_idx is None else positions - module.padding_idx - 1
+    return None
+
+
+def _package_folder(name: str) -> Path:
+    package, _, sub = name.removeprefix(PACKAGE).partition("/")
+    try:
+        spec = find_spec(package) if package.isidentifier() else None  # a dotted name would import its parent
+    except ValueError:
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model.name={name}: there is no installed package '{package}'",
+            hint=f"install it into this environment (pip install {package.replace('_', '-')}), or correct the name",
+        )
+    for root in (Path(place).resolve() for place in spec.submodule_search_locations):
+        folder = (root / sub).resolve()
+        if folder.is_dir() and folder.is_relative_to(root):
+            return folder
+    there = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("_"))
+    raise UserError(
+        f"model.name={name}: package '{package}' has no folder '{sub}'",
+        where=f"in {root}",
+        hint=f"its folders: {', '.join(there) or 'none'}",
+    )
+
+
+def _checked_folder(folder: Path, name: str) -> Path:
+    if not (folder / "config.json").is_file():
+        hint = PLACES
+        if (folder / "adapter_config.json").is_file():
+            hint = "it holds an adapter: give its base model here, or merge the two first with dora-merge"
+        elif (folder / "adapter").is_dir():
+            hint = "it looks like a run folder: give its base model here, or the folder that dora-merge writes from it"
+        raise UserError(
+            f"model.name={name}: the folder has no config.json, so it is no model", where=f"in {folder}", hint=hint
+        )
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    if index.is_file():
+        _check_index(index, name)
+        return folder
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    only = f", only pickled ones ({', '.join(pickled[:3])}), which can run code when read" if pickled else ""
+    raise UserError(
+        f"model.name={name}: the folder has no safetensors weights{only}",
+        where=f"in {folder}",
+        hint="it must hold model.safetensors, or model.safetensors.index.json with its shards, "
+        "as save_pretrained() of transformers writes them",
+    )
+
+
+def _check_index(index: Path, name: str) -> None:
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"model.name={name}: {index.name} is damaged", where=f"in {index.parent}") from error
+    bad = sorted(str(s) for s in shards if Path(str(s)).name != s or not (index.parent / s).is_file())
+    if bad:
+        raise UserError(
+            f"model.name={name}: {len(bad)} of {len(shards)} shards are missing, e.g. {bad[0]}",
+            where=f"in {index.parent}, named by {index.name}",
+        )
+
+
+def _require_class(auto: Any, auto_class: str, settings: Any, name: str) -> None:
+    if type(settings) not in auto._model_mapping and auto_class not in (getattr(settings, "auto_map", None) or {}):
+        task = auto_class.removeprefix("AutoModelFor")
+        raise UserError(
+            f"model.name={name}: transformers has no {task} model of type '{settings.model_type}'",
+            hint="choose another model or another data.task",
+        )
+
+
+def _refuse_unfit(model: Any, missing: list[str], name: str) -> None:
+    """Only a head may be new: layers and embeddings of random numbers mean a wrong or damaged checkpoint."""
+    base = {id(p) for p in model.base_model.parameters()}
+    body = [f"{n}." for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Embedding))]
+    parameters = dict(model.named_parameters())
+    lost = [n for n in missing if id(parameters[n]) in base and n.startswith(tuple(body))]
+    if lost:
+        raise UserError(
+            f"model.name={name}: its weights do not fit {type(model).__name__}",
+            where=f"{len(lost)} parameters of the base model are absent or have another shape, e.g. {lost[0]}",
+            hint="only a head may be new; config.json and the weights must belong together",
+        )
+
+
+def _fit_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
+    # Without vocabulary files transformers builds a tokenizer of nothing but special tokens.
+    if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
+        raise UserError(
+            f"model.name={name}: there is no tokenizer beside the model",
+            hint="the folder must also hold tokenizer.json (or the vocabulary files of its tokenizer)",
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"model.name={name}: its tokenizer has {len(tokenizer)} tokens, the model's embedding only {rows}",
+            hint="tokenizer and weights must belong together",
+        )
+    # Token types are for models that tell two texts apart by them; GPT-2 would add them up as words.
+    if getattr(model.config, "type_vocab_size", 0) < 2:
+        tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"model.name={name}: its tokenizer has neither a pad token nor an end token to pad with")
+        tokenizer.pad_token = tokenizer.eos_token
+    # Decoder classifiers read the last token that is not this one.
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _inside(name: str, modules: list[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, warnings or load report of transformers: the terminal belongs to our own view."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _network(*, allowed: bool) -> Iterator[None]:
+    """Make the hub's client refuse every request; ``local_files_only`` alone leaves some look-ups."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not allowed
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _failures_named(name: str, offline: bool) -> Iterator[None]:
+    """Turn what transformers raises about a model it can't read into one message."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"model.name={name}: its weights are damaged", where=_first_line(error)) from error
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            hint = "model.trust_remote_code=true runs the Python code that comes with the model: only if you trust it"
+        elif offline:
+            hint = "offline=true reads only folders and what the hub's cache holds: fetch it once without offline=true"
+        else:
+            hint = f"check the name and the connection; {PLACES}"
+        raise UserError(f"model.name={name} can't be loaded", where=_first_line(error), hint=hint) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

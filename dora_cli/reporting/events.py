@@ -1,0 +1,57 @@
+"""``metrics.jsonl``: one JSON object a line, appended as the run goes and cut back to a checkpoint on resume."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+ALLOCATION = "allocation"  # the "split" of allocation events
+
+
+class MetricsFile:
+    """Appends records; each line is flushed when it is written.
+
+    Args:
+        path: the file.
+        keep_until: on resume, records of later steps than this are cut away; None starts a new file.
+    """
+
+    def __init__(self, path: Path, keep_until: int | None = None) -> None:
+        self.path = path
+        records = [r for r in read_metrics(path) if r["step"] <= keep_until] if keep_until is not None else []
+        partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        partial.write_text("".join(_line(r) for r in records), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self.records = records
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make what is written survive a crash of the machine."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    # JSON has no NaN; null says "undefined" in any reader.
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(clean) + "\n"

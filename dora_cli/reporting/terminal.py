@@ -1,0 +1,189 @@
+"""The terminal view: one live panel on a terminal, plain lines in a pipe, and every line in ``train.log``."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+
+def duration(seconds: float) -> str:
+    """``1:05:09`` or ``5:09``."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def number(value: float) -> str:
+    """A metric or loss in four significant digits."""
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+class View:
+    """Shows a run as it goes.
+
+    Args:
+        total_steps: optimizer steps of the run.
+        start_units: units at the start; 0 where nothing is allocated.
+        final_units: what the budget leaves, as text.
+        metric: name of the metric that chooses the best.
+        log: file for plain lines, or None.
+    """
+
+    def __init__(
+        self, *, total_steps: int, start_units: int, final_units: str, metric: str, log: Path | None, first_step: int = 0
+    ) -> None:
+        self.console = Console(highlight=False)
+        self.total, self.start_units, self.final_units, self.metric = total_steps, start_units, final_units, metric
+        self.log_file: TextIO | None = log.open("a", encoding="utf-8") if log else None
+        self.first_step = self.step = first_step
+        self.started = time.monotonic()
+        self.record: dict[str, Any] = {}
+        self.latest: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
+        self.live: Live | None = None
+
+    def __enter__(self) -> "View":
+        if self.console.is_terminal:
+            self.live = Live(self._panel(), console=self.console, auto_refresh=False)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+        if self.log_file is not None:
+            self.log_file.close()
+            self.log_file = None
+
+    def line(self, text: str) -> None:
+        """One sentence: above the live panel, or as a plain line; and in the log file."""
+        if self.log_file is not None:
+            print(text, file=self.log_file, flush=True)
+        if self.live is not None:
+            self.live.console.print(Text(text))
+        else:
+            print(text, flush=True)
+
+    def train(self, record: Mapping[str, Any]) -> None:
+        self.record = dict(record)
+        self.step = record["step"]
+        if self.live is not None:
+            self.live.update(self._panel(), refresh=True)
+            self._log_only(self._train_line())
+        else:
+            self.line(self._train_line())
+
+    def event(self, record: Mapping[str, Any]) -> None:
+        self.record["alive"] = record["alive"]
+        self._log_only(f"step {record['step']}  allocation: {record['alive']} units alive, budget {record['budget']}")
+
+    def evaluated(self, record: Mapping[str, Any], better: bool) -> None:
+        self.latest = dict(record)
+        if better:
+            self.best = dict(record)
+        parts = [
+            f"{split} " + "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
+            for split, metrics in record["metrics"].items()
+        ]
+        self.line(f"step {record['step']}/{self.total}  " + "   ".join(parts) + ("   best so far" if better else ""))
+
+    def time_left(self) -> str:
+        done = self.step - self.first_step
+        if done <= 0:
+            return "?"
+        return duration((time.monotonic() - self.started) / done * (self.total - self.step))
+
+    def _budget(self) -> str:
+        return f"alive {self.record.get('alive', self.start_units)}/{self.start_units}" if self.start_units else ""
+
+    def _train_line(self) -> str:
+        r = self.record
+        parts = [
+            f"step {r['step']}/{self.total}",
+            self._budget(),
+            f"loss {number(r['loss'])}",
+            f"lr {r['learning_rate']:.2e}",
+            f"{r['samples_per_second']:,.0f} samples/s",
+            f"{self.time_left()} left",
+        ]
+        return "  ".join(p for p in parts if p)
+
+    def _panel(self) -> Panel:
+        r = self.record
+        bar = Table.grid(expand=True, padding=(0, 1))
+        bar.add_column(width=16)
+        bar.add_column(ratio=1)
+        bar.add_column(width=14, justify="right")
+        bar.add_row(
+            f"step {self.step}/{self.total}",
+            ProgressBar(total=self.total, completed=self.step),
+            f"{self.time_left()} left",
+        )
+        if self.start_units:
+            bar.add_row(
+                "budget",
+                ProgressBar(total=self.start_units, completed=r.get("alive", self.start_units), finished_style="bar.complete"),
+                f"{r.get('alive', self.start_units)}/{self.start_units}",
+            )
+        facts = []
+        if r.get("loss") is not None:
+            facts += [f"loss {number(r['loss'])}", f"lr {r['learning_rate']:.2e}", f"{r['samples_per_second']:,.0f} samples/s"]
+        if self.latest is not None:
+            facts.append(f"{self.metric} {number(self.latest['value'])}")
+        if self.best is not None:
+            facts.append(f"best {number(self.best['value'])}")
+        if self.start_units:
+            facts.append(f"→ {self.final_units}")
+        return Panel(Group(bar, Text("   ".join(facts))), title="dora-train", title_align="left")
+
+    def _log_only(self, text: str) -> None:
+        if self.log_file is not None:
+            print(text, file=self.log_file, flush=True)
+
+
+def print_plan(sections: Mapping[str, Mapping[str, str]]) -> None:
+    """The plan as aligned lines: section → key → text."""
+    console = Console(highlight=False)
+    for title, rows in sections.items():
+        table = Table.grid(padding=(0, 2))
+        table.add_column(width=14, style="dim")
+        table.add_column(overflow="fold")
+        for key, value in rows.items():
+            table.add_row(key, value)
+        console.print(Text(title, style="bold"))
+        console.print(table)
+
+
+def print_summary(summary: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+    """The closing table: what came out, what is left of the budget, and where the files are."""
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for split, metrics in summary["metrics"].items():
+        table.add_row(split, "   ".join(f"{name} {number(value)}" for name, value in metrics.items()))
+    best, budget, train = summary["best"], summary["budget"], summary["train"]
+    if best:
+        table.add_row("from", f"step {best['step']} ({best['name']} {number(best['value'])})")
+    if budget["params_end"]:
+        table.add_row(
+            "adapter",
+            f"{budget['components_end']:,} of {budget['components_start']:,} units, "
+            f"{budget['params_end']:,} of {budget['params_start']:,} parameters",
+        )
+    table.add_row(
+        "training",
+        f"{train['steps']:,} steps in {duration(train['seconds'])}, {train['samples_per_second']:,.0f} samples/s, "
+        f"peak {train['peak_rss_mib']:,} MiB",
+    )
+    for name, path in files.items():
+        table.add_row(name, str(path))
+    console.print(table)

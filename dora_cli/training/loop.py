@@ -1,0 +1,181 @@
+"""The training loop: fetch, forward and backward, allocate, step, and only when due log, evaluate and save."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_cli.training.setup import Session
+from dora_cli.training.state import Progress
+
+
+@dataclass
+class Hooks:
+    """What the loop needs of other rooms, handed in by ``cli``.
+
+    ``evaluate() → {split: {metric: value}}``, ``export(record)`` writes the weights as they are as the run's result,
+    ``save()`` writes a checkpoint, ``log`` and ``event`` take one record each, ``stop() → name of a signal or None``.
+    """
+
+    evaluate: Callable[[], dict[str, dict[str, float]]]
+    export: Callable[[dict[str, Any]], None]
+    save: Callable[[], None]
+    log: Callable[[dict[str, Any]], None]
+    event: Callable[[dict[str, Any]], None]
+    evaluated: Callable[[dict[str, Any], bool], None]
+    stop: Callable[[], str | None]
+
+
+def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
+    """Run from ``progress.step`` to the end, keeping ``progress`` up to date.
+
+    Returns:
+        None when the run is complete, or the name of the signal that ended it after a checkpoint.
+    """
+    config, model, task, device = session.config.train, session.model, session.task, session.device
+    total, accumulation = session.total_steps, config.accumulation
+    evaluate_every = _every(config.eval_every, total, session.steps_per_epoch)
+    save_every = _every(config.save_every, total, session.steps_per_epoch)
+    stream = session.micro_batches(progress.step * accumulation)
+    meter = _Meter(device, progress)
+    model.train()
+
+    for step in range(progress.step + 1, total + 1):
+        # The number of rows (or tokens) that the loss averages over must be known before the first backward.
+        micro_batches = [next(stream) for _ in range(accumulation)]
+        count = sum(task.count(batch) for batch in micro_batches)
+        for batch in micro_batches:
+            meter.count(batch)
+            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            with _autocast(session):
+                loss, _, _ = task.loss(session.forward, batch)
+            (loss / count).backward()
+            meter.add(loss.detach() / count)
+
+        session.allocation.after_backward(step)
+        trained = [p for group in session.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm) if config.clip_norm else None
+        session.optimizer.step()
+        event = session.allocation.after_step(step, session.optimizer)
+        learning_rate = session.scheduler.get_last_lr()[0]
+        session.scheduler.step()
+        session.optimizer.zero_grad(set_to_none=True)
+        progress.step = step
+        meter.step()
+
+        if event is not None:
+            progress.events.append(event)
+            hooks.event(event)
+        if step % config.log_every == 0 or step == total:
+            hooks.log(meter.record(step, learning_rate, norm, session))
+        stopping = hooks.stop()
+        if step % evaluate_every == 0 or step == total:
+            if _evaluate(session, progress, hooks):
+                return None
+            meter.restart_clock()
+        if step == total:
+            return None
+        if step % save_every == 0 or stopping:
+            meter.park()
+            hooks.save()
+            meter.restart_clock()
+        if stopping:
+            return stopping
+    return None
+
+
+def _evaluate(session: Session, progress: Progress, hooks: Hooks) -> bool:
+    """Evaluate; after the final choice, also compare with the best. Returns whether to stop early."""
+    splits = hooks.evaluate()
+    name = session.task.metric_names[0]
+    record = {"step": progress.step, "name": name, "value": splits["validation"][name], "metrics": splits}
+    eligible = progress.step >= session.allocation.final_step
+    better = eligible and (progress.best is None or _better(session, record["value"], progress.best["value"]))
+    if eligible:
+        progress.last = record
+        progress.waited = 0 if better else progress.waited + 1
+    if better:
+        progress.best = record
+    hooks.evaluated(record, better)
+    last_is_wanted = session.config.save.which == "last"
+    patience = session.config.train.patience
+    ends = eligible and patience is not None and progress.waited >= patience
+    if eligible and (better and not last_is_wanted or last_is_wanted and (ends or progress.step == session.total_steps)):
+        hooks.export(record)
+    return ends
+
+
+def _better(session: Session, new: float, old: float) -> bool:
+    if new != new:  # NaN is never better
+        return False
+    return old != old or (new > old if session.task.higher_is_better else new < old)
+
+
+def _every(value: int | float | None, total: int, epoch: int) -> int:
+    """Steps between evaluations or checkpoints: as said, a share of the run, or an epoch."""
+    if value is None:
+        return min(epoch, total)
+    return max(1, int(value * total)) if value < 1 else int(value)
+
+
+def _autocast(session: Session) -> Any:
+    if session.autocast_dtype is None:
+        return nullcontext()
+    return torch.autocast(session.device.type, dtype=session.autocast_dtype)
+
+
+class _Meter:
+    """Loss, throughput and time between two logs; asks the device for a number only when one is due."""
+
+    def __init__(self, device: torch.device, progress: Progress) -> None:
+        self.progress = progress
+        self.loss = torch.tensor(progress.pending_loss, device=device)
+        self.since = time.perf_counter()
+        self.samples_before, self.seconds_before = progress.samples, progress.seconds
+
+    def count(self, batch: dict[str, Tensor]) -> None:
+        """Rows and real tokens of a batch that is still on the CPU."""
+        self.progress.samples += len(batch["input_ids"])
+        self.progress.tokens += int(batch["attention_mask"].sum())
+
+    def add(self, loss: Tensor) -> None:
+        self.loss += loss
+
+    def step(self) -> None:
+        self.progress.pending_steps += 1
+        now = time.perf_counter()
+        self.progress.seconds += now - self.since
+        self.since = now
+
+    def restart_clock(self) -> None:
+        """Leave what has just been done out of the training time."""
+        self.since = time.perf_counter()
+
+    def park(self) -> None:
+        """Put the loss of a half-logged stretch where a checkpoint finds it."""
+        self.progress.pending_loss = float(self.loss)
+
+    def record(self, step: int, learning_rate: float, norm: Tensor | None, session: Session) -> dict[str, Any]:
+        progress = self.progress
+        seconds = progress.seconds - self.seconds_before
+        record: dict[str, Any] = {
+            "step": step,
+            "split": "train",
+            "loss": float(self.loss) / max(progress.pending_steps, 1),
+            "learning_rate": learning_rate,
+            "samples_per_second": round((progress.samples - self.samples_before) / max(seconds, 1e-9), 1),
+            "alive": session.allocation.alive_count(),
+        }
+        if norm is not None:
+            record["gradient_norm"] = float(norm)
+        regularizer = session.allocation.regularizer
+        if regularizer.acts:
+            record["regularizer"] = regularizer.value(session.allocation.table)
+        self.loss.zero_()
+        progress.pending_steps = 0
+        self.samples_before, self.seconds_before = progress.samples, progress.seconds
+        return record

@@ -1,0 +1,124 @@
+"""What a run is going to do, said before it does it; ``dry_run=true`` stops here."""
+
+from collections import Counter
+
+from dora_cli.adapters.base import AdapterLayer, linear_shape
+from dora_cli.training.optim import warmup_steps
+from dora_cli.training.setup import Session
+
+Sections = dict[str, dict[str, str]]
+
+
+def describe(session: Session, out: str) -> Sections:
+    """Section → key → text, every number resolved."""
+    sections = {
+        "run": _run(session, out),
+        "data": _data(session),
+        "model": _model(session),
+        "adapter": _adapter(session),
+    }
+    if session.allocation.allocator.scores:
+        sections["schedule"] = _schedule(session)
+    sections["training"] = _training(session)
+    notes = _notes(session)
+    if notes:
+        sections["note"] = {str(i): text for i, text in enumerate(notes, start=1)}
+    return sections
+
+
+def _run(session: Session, out: str) -> dict[str, str]:
+    composed, config = session.composed, session.config
+    return {
+        "recipe": composed.recipe,
+        "method": f"{composed.method}: "
+        + ", ".join(composed.names[g] for g in ("adapter", "importance", "schedule", "allocator", "regularizer")),
+        "out": out,
+        "seed": str(config.seed),
+        "device": f"{session.device}, {config.train.precision}",
+    }
+
+
+def _data(session: Session) -> dict[str, str]:
+    lines = {role: f"{len(rows):,} rows" for role, rows in session.encoded.items()}
+    lines |= session.task.describe()
+    return lines
+
+
+def _model(session: Session) -> dict[str, str]:
+    shapes: Counter[str] = Counter()
+    for name in session.targets:
+        module = session.model.get_submodule(name)
+        base = module.base_layer if isinstance(module, AdapterLayer) else module
+        d_out, d_in = linear_shape(base)
+        shapes[f"{d_out}×{d_in}"] += 1
+    adapter = sum(p.numel() for layer in session.layers.values() for p in layer.adapter_parameters().values())
+    total = sum(p.numel() for p in session.model.parameters()) - adapter
+    lines = {"base": f"{session.config.model.name}, {total:,} parameters"}
+    if session.targets:
+        lines["targets"] = f"{len(session.targets)} modules: " + ", ".join(f"{n} of {s}" for s, n in shapes.items())
+    if session.head_modules:
+        lines["head"] = ", ".join(session.head_modules) + " (not in the checkpoint: trained in full, not counted)"
+    return lines
+
+
+def _adapter(session: Session) -> dict[str, str]:
+    if not session.layers:
+        trained = sum(p.numel() for p in session.trained_parameters().values())
+        return {"trained": f"{trained:,} parameters of the model itself; the budget does not apply"}
+    allocation = session.allocation
+    unit = session.composed.parts["adapter"].units
+    lines = {
+        "start": f"{allocation.start_count:,} {unit}, {allocation.start_cost:,} parameters "
+        f"(rank {_range(session.start_ranks)})"
+    }
+    if allocation.allocator.mode == "shrink":
+        what = "parameters at most" if allocation.by_cost else unit
+        lines["end"] = f"{allocation.last:,} {what} (budget={session.config.budget})"
+    elif session.config.budget is not None:
+        lines["end"] = f"the same, on budget throughout (budget={session.config.budget})"
+    return lines
+
+
+def _schedule(session: Session) -> dict[str, str]:
+    allocation = session.allocation
+    window = allocation.window
+    steps = sorted({round(window.start + (window.end - window.start) * i / 4) for i in range(5)})
+    counts = [f"{allocation.schedule.count(s, window, allocation.first, allocation.last):,}" for s in steps]
+    n_events = sum(allocation.allocator.is_event(t, window) for t in range(1, window.end + 1))
+    lines = {
+        "window": f"steps {window.start} to {window.end} of {window.total}, {n_events} events",
+        "alive": " → ".join(counts) + "  at steps " + ", ".join(map(str, steps)),
+    }
+    if getattr(allocation.allocator, "revive", False):
+        lines["revival"] = "until the last event pruned components keep training and may return, so the steps before"
+        lines["revival"] += f" {window.end} cost as much as at the start (allocator.revive=false drops at once)"
+    return lines
+
+
+def _training(session: Session) -> dict[str, str]:
+    train = session.config.train
+    rows = train.batch_size * train.accumulation
+    return {
+        "steps": f"{session.total_steps:,} of {rows} rows ({session.total_steps / session.steps_per_epoch:.3g} epochs)",
+        "rate": f"{train.learning_rate:g} {train.scheduler}, {warmup_steps(train.warmup, session.total_steps):,} steps of "
+        f"warm-up, weight decay {train.weight_decay:g}, clip {train.clip_norm}",
+    }
+
+
+def _notes(session: Session) -> list[str]:
+    notes = list(session.rows.notes)
+    notes += [f"dropped from the preset: {line}" for line in session.composed.dropped]
+    window, allocation = session.allocation.window, session.allocation
+    warmup = warmup_steps(session.config.train.warmup, session.total_steps)
+    if allocation.allocator.scores and window.start < warmup:
+        notes.append(f"pruning starts at step {window.start}, before the learning rate is warm (step {warmup})")
+    if session.config.budget is not None and session.budget is None:
+        notes.append(f"method={session.composed.method} has no budget: budget={session.config.budget} does not apply")
+    return notes
+
+
+def _range(ranks: list[int]) -> str:
+    low, high = min(ranks, default=0), max(ranks, default=0)
+    return str(low) if low == high else f"{low} to {high}"
+
+

@@ -1,0 +1,245 @@
+"""From a composed configuration to everything the loop needs. Nothing is written here."""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dora_cli.adapters.base import AdapterLayer, linear_shape
+from dora_cli.adapters.inject import inject, remove
+from dora_cli.allocation import rules
+from dora_cli.allocation.budget import Budget, Target, parse_budget, resolve, spread
+from dora_cli.allocation.controller import Allocation
+from dora_cli.config.schema import Config
+from dora_cli.data.batching import LengthGroupedBatches, batches
+from dora_cli.data.encoded import Encoded
+from dora_cli.data.sources import Rows, load_rows
+from dora_cli.data.tasks import build_task
+from dora_cli.data.tasks.base import Task
+from dora_cli.errors import UserError
+from dora_cli.models.load import load_model
+from dora_cli.models.targets import find_targets
+from dora_cli.training.optim import build_optimizer, build_scheduler
+
+Batch = dict[str, Tensor]
+
+
+class Composed(Protocol):
+    """What set-up needs of ``config.compose``'s result."""
+
+    config: Config
+    parts: dict[str, Any]
+    names: dict[str, str]
+    recipe: str
+    method: str
+    dropped: list[str]
+
+
+@dataclass
+class Session:
+    """One run's parts, built and joined."""
+
+    composed: Composed
+    model: nn.Module
+    tokenizer: Any
+    task: Task
+    encoded: dict[str, Encoded]  # role → encoded rows
+    rows: Rows
+    head_modules: list[str]
+    layers: dict[str, AdapterLayer]
+    targets: list[str]
+    start_ranks: list[int]
+    budget: Budget | None
+    allocation: Allocation
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    device: torch.device
+    total_steps: int
+    steps_per_epoch: int
+    plan: LengthGroupedBatches
+    forward: nn.Module = field(init=False)  # the model, or its compiled form
+
+    def __post_init__(self) -> None:
+        self.forward = torch.compile(self.model) if self.config.train.compile else self.model  # type: ignore[assignment]
+
+    @property
+    def config(self) -> Config:
+        return self.composed.config
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.config.train.precision == "bf16" else None
+
+    def micro_batches(self, first: int) -> Iterator[Batch]:
+        """The endless stream of training micro-batches from the ``first``-th on: a pure function of seed and position."""
+        n = len(self.plan)
+        epoch, skip = divmod(first, n)
+        pin = self.device.type == "cuda"
+        while True:
+            plan = self.plan.epoch(epoch)
+            yield from batches(self.encoded["train"], plan, workers=self.config.train.workers, pin=pin, skip=skip)
+            epoch, skip = epoch + 1, 0
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter that training changes or has changed, by full name: adapters, head, or all of them."""
+        adapted = {f"{m}.{n}" for m, layer in self.layers.items() for n in layer.adapter_parameters()}
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad or n in adapted}
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UserError: the device asked for is not here.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(n for n in ("cuda", "mps", "cpu") if available[n]))
+    if not available[name]:
+        raise UserError(f"train.device={name}: this machine has none", hint="use train.device=auto or train.device=cpu")
+    return torch.device(name)
+
+
+def build(composed: Composed) -> Session:
+    """Load, adapt and join everything, cheapest checks first.
+
+    Raises:
+        UserError: whatever in the configuration, the data or the model does not fit.
+    """
+    config, parts = composed.config, composed.parts
+    rules.check(**parts, names=composed.names)
+    budget = _budget(composed)
+    device = pick_device(config.train.device)
+
+    rows = load_rows(config.data, offline=config.offline, seed=config.seed)
+    task = build_task(config.data)
+    task.fit(rows)
+
+    seed_everything(config.seed)
+    loaded = load_model(config.model, auto_class=task.auto_class, offline=config.offline, **task.model_kwargs())
+    model = loaded.model
+    encoded = {role: task.encode(split, loaded.tokenizer) for role, split in rows.splits.items()}
+
+    model.requires_grad_(not parts["adapter"].wraps and parts["adapter"].trains_base)
+    for name in loaded.missing:
+        model.get_parameter(name).requires_grad_(True)
+    targets, ranks, target = _targets(composed, model, loaded.head_modules, budget)
+    wrapped = {n: r for n, r in zip(targets, ranks, strict=True) if r > 0 or parts["allocator"].grows}
+    seed_everything(config.seed)
+    layers = inject(model, list(wrapped), parts["adapter"], list(wrapped.values()))
+    model.to(device)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    plan = LengthGroupedBatches(encoded["train"].lengths, config.train.batch_size, config.seed)
+    steps_per_epoch = ceil(len(plan) / config.train.accumulation)
+    total_steps = config.train.max_steps or ceil(config.train.epochs * len(plan) / config.train.accumulation)
+    allocation = Allocation(
+        layers,
+        schedule=parts["schedule"],
+        importance=parts["importance"],
+        allocator=parts["allocator"],
+        regularizer=parts["regularizer"],
+        total_steps=total_steps,
+        target=target,
+        probe=_probe(model, task, encoded, parts["importance"], device),
+    )
+    allocation.on_empty(lambda name: remove(model, name))
+    optimizer = build_optimizer(model, layers, loaded.head_modules, config.train)
+    return Session(
+        composed=composed,
+        model=model,
+        tokenizer=loaded.tokenizer,
+        task=task,
+        encoded=encoded,
+        rows=rows,
+        head_modules=loaded.head_modules,
+        layers=layers,
+        targets=targets,
+        start_ranks=ranks,
+        budget=budget,
+        allocation=allocation,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.train, total_steps),
+        device=device,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        plan=plan,
+    )
+
+
+def _budget(composed: Composed) -> Budget | None:
+    """The budget as asked, or None where the method has none; refused early where it can't be read."""
+    budget = parse_budget(composed.config.budget)
+    adapter = composed.parts["adapter"]
+    if not adapter.budgeted:
+        return None
+    if budget is None and composed.parts["allocator"].mode == "shrink":
+        raise UserError(
+            f"method={composed.method} shrinks to a budget, but none is set",
+            hint="set for example budget=r8 (average rank), budget=0.1 (share of the start) or budget=340k (parameters)",
+        )
+    if budget is None and adapter.rank is None:
+        raise UserError("neither budget nor adapter.rank says how large the adapter is", hint="set for example budget=r8")
+    if budget is not None and budget.kind == "share" and adapter.rank is None:
+        resolve(budget, [1], None, shrinks=False)  # refuses: a share needs a rank
+    return budget
+
+
+def _targets(
+    composed: Composed, model: nn.Module, head_modules: list[str], budget: Budget | None
+) -> tuple[list[str], list[int], Target | None]:
+    """Names of the target modules, their ranks at the start, and the resolved budget."""
+    adapter, allocator = composed.parts["adapter"], composed.parts["allocator"]
+    if not adapter.wraps:
+        return [], [], None
+    names = find_targets(model, adapter.targets, exclude=head_modules)
+    costs = [sum(linear_shape(model.get_submodule(name))) for name in names]
+    if budget is None:
+        return names, [adapter.rank] * len(names), None
+    shrinks = allocator.mode == "shrink"
+    rank = adapter.rank if adapter.rank is not None else budget.start_rank(costs)
+    target = resolve(budget, costs, rank, shrinks=shrinks)
+    if not shrinks:
+        return names, spread(target, costs), target
+    floor = getattr(allocator, "min_rank", 0)
+    if floor * (sum(costs) if target.by_cost else len(costs)) > target.limit:
+        raise UserError(
+            f"allocator.min_rank={floor} asks for more than budget={budget.text} keeps",
+            where=f"{len(names)} modules × {floor} against {target.limit:,}",
+            hint="lower allocator.min_rank or raise the budget",
+        )
+    assert rank is not None
+    return names, [rank] * len(names), target
+
+
+def _probe(model: nn.Module, task: Task, encoded: Mapping[str, Encoded], importance: Any, device: torch.device) -> Any:
+    """The loss on a fixed batch of validation rows, in eval mode, leaving no trace; None where nobody asks for it."""
+    if "probe" not in importance.needs:
+        return None
+    rows = encoded["validation"]
+    batch = rows.collate([rows[i] for i in range(min(importance.rows, len(rows)))])
+    batch = {k: v.to(device) for k, v in batch.items()}
+
+    def probe() -> float:
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                loss, count, _ = task.loss(model, batch)
+            return float(loss) / count
+        finally:
+            model.train(training)
+
+    return probe

@@ -1,0 +1,138 @@
+"""All that exact resume needs, as tensors and JSON, and back. Writing files is the checkpoints room's business."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_cli.training.setup import Session
+
+SEPARATOR = "|"  # between a parameter's full name and the name of its moment
+
+
+@dataclass
+class Progress:
+    """What the loop knows of the run so far. ``step`` counts optimizer steps done."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: dict[str, Any] | None = None  # {step, name, value, metrics}
+    last: dict[str, Any] | None = None
+    waited: int = 0  # evaluations since the best
+    pending_loss: float = 0.0  # of the steps since the last log
+    pending_steps: int = 0
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+
+def capture(session: Session, progress: Progress) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The state after a step.
+
+    Returns:
+        File stem → tensors, for safetensors; and the rest, for JSON.
+    """
+    allocation_tensors, allocation_rest = _split(session.allocation.state_dict())
+    tensors = {
+        "model": {name: p.detach() for name, p in session.trained_parameters().items()},
+        "optimizer": _optimizer_tensors(session),
+        "allocation": allocation_tensors,
+        "random": _random_tensors(),
+    }
+    rest = {
+        "progress": asdict(progress),
+        "scheduler": {"last_epoch": session.scheduler.last_epoch},
+        "allocation": allocation_rest,
+        "random": _random_numbers(),
+    }
+    return tensors, rest
+
+
+def restore(session: Session, tensors: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Any]) -> Progress:
+    """Put a captured state back into a freshly built session: shapes first, then values, moments and random states."""
+    from dora_cli.training.optim import build_optimizer, build_scheduler
+
+    session.allocation.load_state_dict(_join(tensors["allocation"], rest["allocation"]))
+    trained = dict(session.model.named_parameters())
+    with torch.no_grad():
+        for name, value in tensors["model"].items():
+            trained[name].copy_(value)
+    config = session.config.train
+    session.optimizer = build_optimizer(session.model, session.layers, session.head_modules, config)
+    session.scheduler = build_scheduler(session.optimizer, config, session.total_steps)
+    _load_optimizer(session, tensors["optimizer"])
+    _advance(session, int(rest["scheduler"]["last_epoch"]))
+    _load_random(tensors["random"], rest["random"])
+    return Progress(**rest["progress"])
+
+
+def _optimizer_tensors(session: Session) -> dict[str, Tensor]:
+    """Moments keyed by parameter name, so that they find their parameter whatever the groups look like."""
+    return {
+        f"{name}{SEPARATOR}{key}": value
+        for name, parameter in session.model.named_parameters()
+        for key, value in session.optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(session: Session, tensors: Mapping[str, Tensor]) -> None:
+    parameters = dict(session.model.named_parameters())
+    for full_key, value in tensors.items():
+        name, key = full_key.rsplit(SEPARATOR, 1)
+        parameter = parameters[name]
+        session.optimizer.state[parameter][key] = value.to(parameter.device).clone()
+
+
+def _advance(session: Session, last_epoch: int) -> None:
+    """Set the learning rate to where it stood, by the same arithmetic as stepping there."""
+    scheduler = session.scheduler
+    scheduler.last_epoch = last_epoch
+    for group, base, factor in zip(session.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):  # type: ignore[attr-defined]
+        group["lr"] = base * factor(last_epoch)
+    scheduler._last_lr = [group["lr"] for group in session.optimizer.param_groups]
+
+
+def _random_tensors() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _random_numbers() -> dict[str, Any]:
+    name, keys, pos, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), int(pos), int(has_gauss), float(cached)],
+    }
+
+
+def _load_random(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    version, internal, gauss = numbers["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, pos, has_gauss, cached = numbers["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), pos, has_gauss, cached))
+    torch.set_rng_state(tensors["cpu"].cpu())
+    if torch.cuda.is_available() and "cuda0" in tensors:
+        torch.cuda.set_rng_state_all([tensors[f"cuda{i}"].cpu() for i in range(torch.cuda.device_count())])
+
+
+def _split(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    flat = {f"{part}{SEPARATOR}{key}": value for part, values in state.items() for key, value in values.items()}
+    return (
+        {k: v for k, v in flat.items() if isinstance(v, Tensor)},
+        {k: v for k, v in flat.items() if not isinstance(v, Tensor)},
+    )
+
+
+def _join(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    state: dict[str, dict[str, Any]] = {"table": {}, "importance": {}, "allocator": {}}
+    for full_key, value in {**tensors, **rest}.items():
+        part, key = full_key.split(SEPARATOR, 1)
+        state[part][key] = value
+    return state

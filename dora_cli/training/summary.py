@@ -1,0 +1,84 @@
+"""``summary.json``: what came out of a run, in numbers (DESIGN 4)."""
+
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from dora_cli.training.setup import Session
+from dora_cli.training.state import Progress
+
+MIB = 2**20
+
+
+def summarise(session: Session, progress: Progress) -> dict[str, Any]:
+    """The summary of a finished run. Metrics are those of the exported weights."""
+    table, allocation = session.allocation.table, session.allocation
+    chosen = progress.last if session.config.save.which == "last" else progress.best
+    chosen = chosen or progress.last
+    seconds = max(progress.seconds, 1e-9)
+    head = sum(p.numel() for n in session.head_modules for p in session.model.get_submodule(n).parameters())
+    return {
+        "recipe": session.composed.recipe,
+        "method": session.composed.method,
+        "seed": session.config.seed,
+        "budget": {
+            "requested": session.config.budget if session.budget else None,
+            "components_start": allocation.start_count,
+            "components_end": int(table.alive.sum()),
+            "params_start": allocation.start_cost,
+            "params_end": table.alive_cost(),
+        },
+        "head_params": head,
+        "trained_params": sum(p.numel() for p in session.trained_parameters().values()),
+        "metrics": chosen["metrics"] if chosen else {},
+        "best": _brief(progress.best),
+        "last": _brief(progress.last),
+        "train": {
+            "steps": progress.step,
+            "samples": progress.samples,
+            "tokens": progress.tokens,
+            "seconds": round(progress.seconds, 3),
+            "samples_per_second": round(progress.samples / seconds, 2),
+            "tokens_per_second": round(progress.tokens / seconds, 1),
+            "peak_rss_mib": peak_rss_mib(),
+            "peak_device_mib": peak_device_mib(session.device),
+        },
+        "ranks": rank_map(session),
+        "versions": versions(),
+    }
+
+
+def rank_map(session: Session) -> dict[str, int]:
+    """Living components of every target module, those without an adapter included."""
+    living = session.allocation.table.ranks()
+    return {name: living.get(name, 0) for name in session.targets}
+
+
+def peak_rss_mib() -> int:
+    """Peak resident memory of this process; Linux counts KiB, macOS bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (MIB if sys.platform == "darwin" else 1024))
+
+
+def peak_device_mib(device: torch.device) -> int | None:
+    return round(torch.cuda.max_memory_allocated(device) / MIB) if device.type == "cuda" else None
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("dora-cli", "torch", "transformers", "datasets", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            from dora_cli import __version__
+
+            found[package] = __version__ if package == "dora-cli" else "?"
+    return found
+
+
+def _brief(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    return {k: record[k] for k in ("step", "name", "value")} if record else None
