@@ -20,7 +20,13 @@ def stack() -> Callable[..., Stack]:
     """Build ``n`` linear layers with tanh between, adapted, c, b shaken so that nothing is zero by accident."""
 
     def make(
-        n: int = 4, width: int = 16, rank: int = 6, part: LowRankPart | None = None, *, seed: int = 0, shake: bool = True
+        n: int = 4,
+        width: int = 16,
+        rank: int = 6,
+        part: LowRankPart | None = None,
+        *,
+        seed: int = 0,
+        shake: bool = True,
     ) -> Stack:
         torch.manual_seed(seed)
         modules: list[nn.Module] = []

@@ -72,10 +72,12 @@ class AfloraLayer(AdapterLayer):
 class Aflora:
     """A, B Kaiming-uniform, s_d = 0.1, s_b = 0: the identity at the start (METHODS 8)."""
 
-    rank: int | None = field(default=None, metadata={"help": "rank of the projections; spread from the budget", "low": 1})
+    rank: int | None = field(
+        default=None, metadata={"help": "rank of the projections; spread from the budget", "low": 1}
+    )
     dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input", "low": 0.0, "below": 1.0})
     targets: Any = field(
-        default=None, metadata={"help": "modules to adapt: null (linear layers of the transformer), list, suffix, regex"}
+        default=None, metadata={"help": "modules to adapt: null (the transformer layers' linears), list, suffix, regex"}
     )
     freeze_square: bool = field(
         default=True, metadata={"help": "projections of square weights are frozen from the start (the authors' code)"}

@@ -29,7 +29,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
         UserError: the module is neither.
     """
     if is_transposed(module):
-        d_in, d_out = module.weight.shape  # type: ignore[union-attr, misc]
+        d_in, d_out = module.weight.shape  # type: ignore[misc]
         return int(d_out), int(d_in)
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
@@ -124,7 +124,7 @@ class AdapterLayer(nn.Module):
 
 
 class LowRankLayer(AdapterLayer):
-    """ΔW = scale · B diag(c) A, with or without the gates c. Shared by every parametrisation that is a sum of components.
+    """ΔW = scale · B diag(c) A, with or without the gates c: every parametrisation that is a sum of components.
 
     Args:
         base: the linear layer to adapt.
@@ -203,7 +203,9 @@ class LowRankLayer(AdapterLayer):
 class LowRankPart:
     """Options that every low-rank adapter reads.
 
-    ``units`` names the kind of unit, ``verbs`` what an allocator may do with them, ``budgeted`` whether a budget applies.
+    ``units`` names the kind of unit, ``verbs`` what an allocator may do with them, ``budgeted`` whether a budget
+    applies, ``wraps`` whether layers are wrapped, ``trains_base`` whether the base's weights train, ``export`` how
+    it is saved: as a ``lora`` pair, or in ``full``.
     """
 
     rank: int | None = field(
@@ -215,7 +217,7 @@ class LowRankPart:
     )
     dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input", "low": 0.0, "below": 1.0})
     targets: Any = field(
-        default=None, metadata={"help": "modules to adapt: null (linear layers of the transformer), list, suffix, regex"}
+        default=None, metadata={"help": "modules to adapt: null (the transformer layers' linears), list, suffix, regex"}
     )
     init_from: str | None = field(default=None, metadata={"help": "run or adapter folder to start from"})
 

@@ -1,4 +1,4 @@
-"""Put adapters into a model and take them out again: find by full name, replace on the parent, keep the original inside."""
+"""Put adapters into a model and take them out: find by full name, replace on the parent, keep the original inside."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -52,12 +52,12 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def parameter_groups(layers: Mapping[str, AdapterLayer], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups of the adapters' trainable parameters: those that decay, and gates and magnitudes, which do not."""
+    """Optimizer groups of the adapters' trainable parameters: those that decay, and gates and vectors, which do not."""
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for layer in layers.values():
         for name, parameter in layer.adapter_parameters().items():
-            if parameter.requires_grad:
+            if parameter.requires_grad and parameter.numel():
                 (undecayed if name in layer.no_decay else decayed).append(parameter)
     groups = [
         {"params": decayed, "lr": lr, "weight_decay": weight_decay},

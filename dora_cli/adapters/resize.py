@@ -47,7 +47,8 @@ def check_state(optimizer: Optimizer) -> None:
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
                     raise RuntimeError(
-                        f"optimizer state '{key}' has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
+                        f"optimizer state '{key}' has shape {tuple(value.shape)}, "
+                        f"its parameter {tuple(parameter.shape)}"
                     )
 
 

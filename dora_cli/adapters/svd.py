@@ -1,6 +1,7 @@
 """AdaLoRA's P Λ Q (Zhang et al., ICLR 2023, arXiv 2303.10512): ΔW = α/(r + 1e-5) P diag(λ) Q.
 
-``b`` is P (d_out, r), ``c`` is λ (r,), ``a`` is Q (r, d_in); the ``orthogonal`` regularizer keeps P and Q near orthonormal.
+``b`` is P (d_out, r), ``c`` is λ (r,), ``a`` is Q (r, d_in); the ``orthogonal`` regularizer keeps P and Q near
+orthonormal.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Svd(LowRankPart):
 
     def layer(self, base: nn.Module, rank: int) -> SvdLayer:
         d_out, d_in = linear_shape(base)
-        device = base.weight.device
-        a = torch.randn(rank, d_in, device=device) * INIT_STD  # type: ignore[call-overload]
-        b = torch.randn(d_out, rank, device=device) * INIT_STD  # type: ignore[call-overload]
+        device = next(base.parameters()).device
+        a = torch.randn(rank, d_in, device=device) * INIT_STD
+        b = torch.randn(d_out, rank, device=device) * INIT_STD
         return SvdLayer(base, a, b, torch.zeros(rank, device=a.device), self.scale(rank), self.dropout)

@@ -1,4 +1,4 @@
-"""Which units live: schedules, importances, allocators and regularizers, one file per answer. Imports nothing by itself.
+"""Which units live: schedules, importances, allocators, regularizers, one file per answer. Imports nothing by itself.
 
 ``allocation.controller.Allocation`` joins the four with the adapted layers and is all that a training loop calls.
 """

@@ -20,7 +20,7 @@ class Budget:
     text: str
 
     def start_rank(self, costs: Sequence[int]) -> int | None:
-        """ceil(1.5 × the average rank asked for), the paper's start (METHODS 2.1); None for a share, which needs one."""
+        """ceil(1.5 × the average rank asked for), the paper's start (METHODS 2.1); None for a share."""
         if self.kind == "average":
             return math.ceil(1.5 * self.value)
         return math.ceil(1.5 * self.value / sum(costs)) if self.kind == "params" else None
@@ -51,7 +51,7 @@ def parse_budget(value: object) -> Budget | None:
         if number <= 0:
             raise UserError(f"budget={value} asks for an average rank of nothing", hint="say for example budget=r4")
         return Budget("average", number, text)
-    whole = number.is_integer() and number > 1 or match[3]
+    whole = (number.is_integer() and number > 1) or match[3]
     if whole and number >= 1:
         return Budget("params", round(number), text)
     if 0 < number < 1:

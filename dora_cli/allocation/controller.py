@@ -1,12 +1,12 @@
 """All that a training loop calls: two hooks, and the state between them.
 
-    allocation = Allocation(layers, schedule=…, importance=…, allocator=…, regularizer=…, total_steps=T, target=…)
-    for step in range(1, T + 1):
-        loss.backward()
-        allocation.after_backward(step)            # before clipping
-        optimizer.step()
-        event = allocation.after_step(step, optimizer)   # before gradients are cleared
-        optimizer.zero_grad()
+allocation = Allocation(layers, schedule=…, importance=…, allocator=…, regularizer=…, total_steps=T, target=…)
+for step in range(1, T + 1):
+    loss.backward()
+    allocation.after_backward(step)            # before clipping
+    optimizer.step()
+    event = allocation.after_step(step, optimizer)   # before gradients are cleared
+    optimizer.zero_grad()
 """
 
 from collections.abc import Callable, Mapping

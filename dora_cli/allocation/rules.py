@@ -8,7 +8,9 @@ from dora_cli.errors import UserError
 from dora_cli.registry import load
 
 
-def check(adapter: Any, importance: Any, schedule: Any, allocator: Any, regularizer: Any, names: dict[str, str]) -> None:
+def check(
+    adapter: Any, importance: Any, schedule: Any, allocator: Any, regularizer: Any, names: dict[str, str]
+) -> None:
     """Refuse a combination that cannot work, saying why and what would.
 
     Args:
@@ -34,7 +36,8 @@ def check(adapter: Any, importance: Any, schedule: Any, allocator: Any, regulari
         raise UserError(
             f"adapter={names['adapter']} allocator={names['allocator']} do not go together",
             where=f"the allocator needs to {', '.join(sorted(missing))} units, which this adapter cannot",
-            hint=f"adapters that can: {', '.join(n for n in ADAPTERS if allocator.verbs <= load(ADAPTERS, n, key='').verbs)}",
+            hint="adapters that can: "
+            + ", ".join(name for name in ADAPTERS if allocator.verbs <= load(ADAPTERS, name, key="adapter").verbs),
         )
     if allocator.scores and names["importance"] == "none":
         raise UserError(

@@ -55,6 +55,7 @@ class UnitTable:
     """
 
     def __init__(self, layers: Mapping[str, AdapterLayer]) -> None:
+        self._groups: list[Group] | None = None
         self.names = list(layers)
         self.layers = list(layers.values())
         self.module = self.order = self.cost = torch.empty(0, dtype=torch.long)
@@ -106,7 +107,7 @@ class UnitTable:
 
     # ---- verbs ---------------------------------------------------------------------------------------------------
     def keep(self, mask: Tensor, *, final: bool) -> None:
-        """Of the units not dropped, exactly those of ``mask`` (n,) live. The others are silenced, or dropped if final."""
+        """Of the units not dropped, exactly those of ``mask`` (n,) live; others are silenced, or dropped if final."""
         closing = ~mask & ~self.dropped
         self.alive = mask & ~self.dropped
         if final:
@@ -208,7 +209,7 @@ class UnitTable:
         self._changed()
 
     def _changed(self) -> None:
-        self._groups: list[Group] | None = None
+        self._groups = None
 
     def _group(self, modules: list[int]) -> Group:
         layers = [self.layers[m] for m in modules]

@@ -213,4 +213,3 @@ def _write(
         atomic_write_text(folder / METHOD, json.dumps(dict(method), indent=2))
         if state:
             save_tensors(folder / STATE, state)
-

@@ -121,7 +121,7 @@ def _sharded(folder: Path) -> dict[str, Entry]:
     for name, shard in places.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise UserError(f"{index} is damaged", where=f"'{name}' should lie in a file of this folder, not {shard!r}")
-    entries = {}
+    entries: dict[str, Entry] = {}
     for shard in sorted(set(places.values())):
         entries |= {name: entry for name, entry in read_header(folder / shard).items() if places.get(name) == shard}
     if missing := next((name for name in places if name not in entries), None):

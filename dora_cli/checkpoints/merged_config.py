@@ -8,8 +8,8 @@ from dora_cli.checkpoints.base_folder import Base
 from dora_cli.checkpoints.peft_io import AdapterFile
 from dora_cli.errors import UserError
 
-# set by training; one that the trained configuration leaves out has its class's default there, so it goes
-TASK_KEYS = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "vocab_size")
+LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type")  # a task has all of its own, or the defaults
+TOKEN_KEYS = ("pad_token_id", "vocab_size")
 # numbers that say which family and size a model is
 FAMILY_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "n_embd", "n_layer", "d_model")
 CLASSES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification",
@@ -48,7 +48,9 @@ def require_family(adapter: AdapterFile, base: Base) -> None:
         UserError: naming the first number that differs.
     """
     trained = adapter.method.get("model_config")
-    for key in FAMILY_KEYS if isinstance(trained, dict) else ():
+    if not isinstance(trained, dict):
+        return
+    for key in FAMILY_KEYS:
         if key in trained and key in base.config and trained[key] != base.config[key]:
             raise UserError(
                 f"the adapter does not fit the base {base.folder}",
@@ -71,10 +73,8 @@ def merged_config(
     config["architectures"] = [name] if name else config.get("architectures")
     trained = adapter.method.get("model_config")
     if isinstance(trained, dict):
-        for key in TASK_KEYS:
-            config.pop(key, None)
-            if key in trained:
-                config[key] = trained[key]
+        config = {key: value for key, value in config.items() if key not in LABEL_KEYS}
+        config |= {key: trained[key] for key in (*LABEL_KEYS, *TOKEN_KEYS) if key in trained}
     elif adapter.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         _count_labels(config, head_shapes)
     for key in ("dtype", "torch_dtype"):  # its name since transformers 4.56, and before

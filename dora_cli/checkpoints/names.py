@@ -24,7 +24,7 @@ def model_names(keys: Iterable[str], wanted: Sequence[str], prefix: str | None, 
         UserError: no rule brings forth all of ``wanted`` (naming the first that the best one lacks), or, with an
             unknown prefix, several rules do.
     """
-    keys = list(keys)
+    keys, wanted = list(keys), list(dict.fromkeys(wanted))
     results = [{key: rule(key) for key in keys} for rule in _rules(keys, wanted, prefix)]
     lacking = [[name for name in wanted if name not in found] for found in (set(r.values()) for r in results)]
     fitting = [result for result, missing in zip(results, lacking, strict=True) if not missing]
@@ -35,8 +35,11 @@ def model_names(keys: Iterable[str], wanted: Sequence[str], prefix: str | None, 
             where=f"'{missing[0]}' matches nothing in it ({len(missing)} of {len(wanted)} tensors match nothing)",
             hint="name the model it was trained on with base=",
         )
-    if prefix is None and len({tuple(result.values()) for result in fitting}) > 1:
-        raise UserError(f"the names in {base} fit the adapter in more than one way", hint="name another base with base=")
+    sources = {tuple(key for key, name in result.items() if name in wanted) for result in fitting}
+    if prefix is None and len(sources) > 1:
+        raise UserError(
+            f"the names in {base} fit the adapter in more than one way", hint="name another base with base="
+        )
     return fitting[0]
 
 

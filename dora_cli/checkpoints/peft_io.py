@@ -25,15 +25,15 @@ Value = TypeVar("Value", covariant=True)
 class Lazy(Mapping[str, Value], Generic[Part, Value]):
     """A mapping whose values are read, checked and forgotten at each look-up, so that one costs no more than itself.
 
-    ``parts`` says where each lies and how large it is, with nothing read.
+    ``parts`` says where each lies and how large it is, with nothing read; ``read`` makes a value of one.
     """
 
     def __init__(self, parts: Mapping[str, Part], read: Callable[[Part], Value]) -> None:
         self.parts = parts
-        self._read = read
+        self.read = read
 
     def __getitem__(self, name: str) -> Value:
-        return self._read(self.parts[name])
+        return self.read(self.parts[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)
@@ -159,8 +159,9 @@ def _read_lora(config: dict[str, Any], entries: dict[str, Entry], file: Path) ->
             f"{file}: init_lora_weights={config['init_lora_weights']} changed the base's weights before training",
             hint="convert it with PEFT first: save_pretrained(path_initial_model_for_weight_conversion=…)",
         )
-    decomposed = take(config, "use_dora", bool, file, False)
-    suffixes = {"lora_A.weight": "a", "lora_B.weight": "b"} | ({"lora_magnitude_vector": "magnitude"} * decomposed)
+    suffixes = {"lora_A.weight": "a", "lora_B.weight": "b"}
+    if take(config, "use_dora", bool, file, False):
+        suffixes["lora_magnitude_vector"] = "magnitude"
     grouped, rest = _group(entries, suffixes, file)
     rank_of = _Pattern(config, "rank_pattern", "r", int, file)
     alpha_of = _Pattern(config, "alpha_pattern", "lora_alpha", (int, float), file)
@@ -233,7 +234,8 @@ def _group(
             grouped.setdefault(name.removesuffix(f".{suffix}"), {})[suffixes[suffix]] = entry
         elif ".lora_" in name:
             raise UserError(f"{entry.file}: '{key}' is a part of LoRA that is not read here")
-        else:  # the bias of an adapted layer and an embedding beside its adapter carry the wrapper's name
+        elif not any(wrapper in name for wrapper in (".original_module.", ".modules_to_save.")):
+            # with bias=all PEFT saves the biases inside a head's wrapper beside the head itself
             rest[name.replace(".base_layer.", ".")] = entry
     for name, parts in grouped.items():
         missing = [suffix for suffix, part in suffixes.items() if part not in parts]
@@ -292,7 +294,5 @@ def _read_update(update: Update) -> LowRank:
         a = a * read_tensor(update.e).float()
     b = b * update.scale if update.scale != 1 else b
     if update.magnitude:
-        return WeightDecomposed(
-            update.name, a, b, update.transposed, magnitude=read_tensor(update.magnitude).float()
-        )
+        return WeightDecomposed(update.name, a, b, update.transposed, magnitude=read_tensor(update.magnitude).float())
     return LowRank(update.name, a, b, update.transposed)

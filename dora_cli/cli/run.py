@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from types import FrameType
 
 from dora_cli.errors import UserError
@@ -88,6 +89,9 @@ def guard(function: Callable[[list[str]], int | None], argv: Sequence[str] | Non
         function: takes argv without the program's name; returns an exit code, or None for success.
         argv: default ``sys.argv[1:]``.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no "→" must not turn help into a traceback
     try:
         with _sigterm_raises():
             return function(list(sys.argv[1:] if argv is None else argv)) or 0

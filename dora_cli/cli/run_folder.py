@@ -11,8 +11,10 @@ ADAPTER, MERGED, CHECKPOINTS = "adapter", "merged", "checkpoints"
 OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, "report.html")
 
 # What may differ between an interrupted run and its resumption: logging, saving, workers, and how it was called.
-FREE_ON_RESUME = ("out", "resume", "overwrite", "dry_run", "offline", "export", "save.", "train.log_every")
-FREE_ON_RESUME += ("train.save_every", "train.keep_last", "train.workers", "train.eval_batch_size")
+FREE_ON_RESUME = (
+    *("out", "resume", "overwrite", "dry_run", "offline", "export", "save."),
+    *("train.log_every", "train.save_every", "train.keep_last", "train.workers", "train.eval_batch_size"),
+)
 
 
 def default_out(recipe: str, method: str, budget: Any, seed: int) -> Path:

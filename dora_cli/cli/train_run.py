@@ -8,12 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dora_cli.checkpoints.adapter_format import LowRank, write_adapter, write_full
+import torch
+
+from dora_cli.adapters.base import is_transposed, linear_shape
+from dora_cli.checkpoints.adapter_format import LowRank, saved_by_peft, write_adapter, write_full
+from dora_cli.checkpoints.apply import start_from
 from dora_cli.checkpoints.atomic import atomic_write_text
 from dora_cli.checkpoints.merge import merge
+from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, save_checkpoint
 from dora_cli.cli import run_folder
 from dora_cli.config.compose import Composed
+from dora_cli.evaluation import LOWER_IS_BETTER
 from dora_cli.evaluation.predict import evaluate
 from dora_cli.reporting.events import ALLOCATION, MetricsFile
 from dora_cli.reporting.terminal import View, print_plan, print_summary
@@ -34,7 +40,8 @@ def run(composed: Composed) -> int:
     """
     config = composed.config
     budget = config.budget if composed.parts["adapter"].budgeted else None
-    out = Path(config.out) if config.out else run_folder.default_out(composed.recipe, composed.method, budget, config.seed)
+    default = run_folder.default_out(composed.recipe, composed.method, budget, config.seed)
+    out = Path(config.out) if config.out else default
     if not config.dry_run:
         run_folder.check_free(out, resume=config.resume, overwrite=config.overwrite)
         if config.resume and run_folder.is_finished(out):
@@ -44,6 +51,9 @@ def run(composed: Composed) -> int:
             saved = (out / run_folder.CONFIG).read_text(encoding="utf-8")
             run_folder.check_same(saved, composed.yaml, out / run_folder.CONFIG)
     session = build(composed)
+    start = getattr(composed.parts["adapter"], "init_from", None)
+    if start is not None:
+        start_from(session.layers, session.model, read_adapter(Path(start).expanduser()))
     print_plan(describe(session, str(out)))
     if config.dry_run:
         return 0
@@ -90,6 +100,7 @@ class _Run:
             event=self._event,
             evaluated=self._evaluated,
             stop=lambda: self.signal,
+            lower_is_better=LOWER_IS_BETTER,
         )
         with self.view, self._signals():
             for message in self.messages:
@@ -181,7 +192,7 @@ class _Run:
 
 def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None:
     """Write the weights as they are into ``folder``, in PEFT's layout where ΔW has low rank (DESIGN 5)."""
-    composed, table = session.composed, session.allocation.table
+    composed = session.composed
     method = {
         "method": composed.method,
         "parts": composed.names,
@@ -190,29 +201,52 @@ def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None
         "metrics": record["metrics"],
         "architecture": type(session.model).__name__,
         "base_model_prefix": getattr(session.model, "base_model_prefix", ""),
-        "model_config": session.model.config.to_diff_dict(),
+        "model_config": _model_config(session.model),
         "ranks": rank_map(session),
     }
-    state = session.model.state_dict()
-    head = {k: v for k, v in state.items() if any(k.startswith(f"{h}.") for h in session.head_modules)}
-    common = {"base_name": session.config.model.name, "task_type": session.task.peft_task_type, "method": method}
+    task_type = session.task.peft_task_type
+    heads = saved_by_peft((n for n, _ in session.model.named_modules()), session.head_modules, task_type)
+    head = {k: v for k, v in session.model.state_dict().items() if k.startswith(tuple(f"{h}." for h in heads))}
+    common: dict[str, Any] = {
+        "head_modules": heads,
+        "base_name": session.source,
+        "revision": session.config.model.revision,
+        "task_type": task_type,
+        "method": method,
+    }
     if composed.parts["adapter"].export == "full":
         trained = {n: p.detach() for n, p in session.trained_parameters().items()}
-        write_full(folder, tensors=trained | head, **common)
+        write_full(folder, {**trained, **head}, **common)
         return
-    modules = []
-    for m, (name, layer) in enumerate(session.layers.items()):
-        a, b = layer.low_rank()
-        living = table.alive[table.rows[m]] if a.shape[0] == len(table.rows[m]) else ...
-        modules.append(LowRank(name=name, a=a[living], b=b[:, living], transposed=layer.transposed))
+    modules = [_low_rank(session, name) for name in session.targets]
     scores = session.allocation.importance.state_dict()
     tensors = {k: v for k, v in scores.items() if hasattr(v, "shape")}
     write_adapter(
         folder,
         modules=modules,
         head=head,
-        head_modules=session.head_modules,
         export=session.config.export,
         state=tensors,
         **common,
     )
+
+
+def _low_rank(session: Session, name: str) -> LowRank:
+    """The living components of one target module; none where it has no adapter (any more)."""
+    table = session.allocation.table
+    if name not in session.layers:
+        module = session.model.get_submodule(name)
+        d_out, d_in = linear_shape(module)
+        return LowRank(name, torch.empty(0, d_in), torch.empty(d_out, 0), is_transposed(module))
+    layer = session.layers[name]
+    a, b = layer.low_rank()
+    if session.composed.parts["adapter"].units == "components":
+        living = table.alive[table.rows[table.names.index(name)]].to(a.device)
+        a, b = a[living], b[:, living]
+    return LowRank(name, a.cpu(), b.cpu(), layer.transposed)
+
+
+def _model_config(model: Any) -> dict[str, Any]:
+    """The configuration as trained: labels, problem type, pad token."""
+    settings: dict[str, Any] = model.config.to_diff_dict()
+    return settings

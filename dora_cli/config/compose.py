@@ -6,7 +6,7 @@ and line at hand, because Hydra alone accepts ``+typo`` and says little about wh
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,7 +18,7 @@ from dora_cli.config.check import Key, check_config, check_range, check_type, fi
 from dora_cli.config.layers import Layer, Recipe, find_recipe, opened
 from dora_cli.config.overrides import Override, parse
 from dora_cli.config.recipes import GROUPS, check_choice, missing_recipe, search_folders
-from dora_cli.config.schema import MISSING, PART_GROUPS, Config, part_defaults, part_schema
+from dora_cli.config.schema import PART_GROUPS, Config, part_defaults, part_schema
 from dora_cli.errors import UserError
 
 Parts = Mapping[str, Mapping[str, type]]  # group → name → the part's dataclass
@@ -61,6 +61,7 @@ def compose(overrides: Sequence[str], parts: Parts, config_dirs: Iterable[str | 
         raise missing_recipe(folders)
     for group, name in chosen.items():
         check_choice(group, name, folders)
+    _check_overrides(typed, keys)
     recipe = find_recipe(chosen["recipe"], folders)
     _check_choices_of_record(recipe, chosen)
 
@@ -71,28 +72,25 @@ def compose(overrides: Sequence[str], parts: Parts, config_dirs: Iterable[str | 
         cfg = composition.config()
 
     picked: dict[str, str] = dict(cfg.hydra.runtime.choices)
-    values = _resolve(cfg, origin)
-    _check_values(values, keys, origin)
-    names = {group: values[group].pop("name") for group in PART_GROUPS}
-    built, options, dropped = {}, {}, []
-    for group, name in names.items():
+    root = _typed(cfg, schema, origin)
+    values = asdict(root)
+    _check_ranges(values, keys, origin)
+    names, built, dropped = {}, {}, []
+    for group in PART_GROUPS:
+        names[group] = name = values[group].pop("name")
         if name not in parts[group]:
             raise UserError(f"unknown {group} '{name}'", where=origin.get(f"{group}.name"))
-        options[group], unread = _options(group, name, values[group], parts, origin)
-        built[group] = _build(group, parts[group][name], options[group], origin)
+        options, unread = _options(group, name, values[group], parts, origin)
+        built[group] = _build(group, parts[group][name], options, origin)
+        values[group] = {"name": name, **options}
         dropped += unread
-    static: Any = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(Config), {k: v for k, v in values.items() if k not in PART_GROUPS})
-    )
-    _expand_home(static)
-    check_config(static, origin.get)
+    config = Config(**{f.name: getattr(root, f.name) for f in fields(Config)})
+    _expand_home(config)
+    check_config(config, origin.get)
 
-    method = picked["method"]
-    selected = {"model": picked["model"], "data": picked["data"], **names, "method": method}
-    whole = {k: v for k, v in values.items() if k not in PART_GROUPS}
-    whole |= {group: {"name": names[group], **options[group]} for group in PART_GROUPS}
-    text = record.write(recipe.name, selected, whole)
-    return Composed(static, built, names, recipe.name, method, dropped, text)
+    selected = {"model": picked["model"], "data": picked["data"], **names, "method": picked["method"]}
+    text = record.write(recipe.name, selected, values)
+    return Composed(config, built, names, recipe.name, picked["method"], dropped, text)
 
 
 def root_schema(parts: Parts) -> type:
@@ -116,8 +114,18 @@ def _check_choices_of_record(recipe: Recipe, chosen: Mapping[str, str]) -> None:
             )
 
 
+def _check_overrides(typed: Iterable[Override], keys: Mapping[str, Key]) -> None:
+    for override in typed:
+        if override.key in GROUPS:
+            continue
+        group, _, option = override.key.partition(".")
+        if group in PART_GROUPS and option == "name":
+            raise UserError(f"{override.key} cannot be set", hint=f"choose the part by {group}={show(override.value)}")
+        check_type(find_key(override.key, keys), override.value)
+
+
 def _check_leaves(layers: Iterable[Layer], typed: Iterable[Override], keys: Mapping[str, Key]) -> dict[str, str | None]:
-    """Hold every key and value of every file, then of the command line, against the schema.
+    """Hold every key and value of every file against the schema.
 
     Returns:
         Key → where its last value stands; None means the command line.
@@ -139,15 +147,7 @@ def _check_leaves(layers: Iterable[Layer], typed: Iterable[Override], keys: Mapp
                     where=leaf.where,
                     hint=f"remove the line, and choose by {group}=NAME or under defaults",
                 )
-    for override in typed:
-        if override.key in GROUPS:
-            continue
-        group, _, option = override.key.partition(".")
-        if group in PART_GROUPS and option == "name":
-            raise UserError(f"{override.key} cannot be set", hint=f"choose the part by {group}={show(override.value)}")
-        check_type(find_key(override.key, keys), override.value)
-        origin[override.key] = None
-    return origin
+    return origin | {override.key: None for override in typed}
 
 
 def _check_sweep(layers: Iterable[Layer], typed: Iterable[Override], recipe: Recipe) -> None:
@@ -160,28 +160,24 @@ def _check_sweep(layers: Iterable[Layer], typed: Iterable[Override], recipe: Rec
             raise UserError(f"recipe {recipe.name} is a sweep over {', '.join(unset)}", where=where, hint="add -m")
 
 
-def _resolve(cfg: DictConfig, origin: Mapping[str, str | None]) -> dict[str, Any]:
-    """The configuration as plain containers with interpolations replaced, without Hydra's own node."""
-    values: dict[str, Any] = {}
-    for key in (str(k) for k in cfg if k != "hydra"):
-        try:
-            node = cfg._get_node(key)
-            values[key] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else cfg[key]
-        except OmegaConfBaseException as error:
-            full = error.full_key or key
-            message = str(error.msg or error).splitlines()[0]
-            raise UserError(f"cannot resolve {full}: {message}", where=origin.get(full)) from error
-    return values
+def _typed(cfg: DictConfig, schema: type, origin: Mapping[str, str | None]) -> Any:
+    """The configuration merged into the bare schema once more and resolved: an instance of ``schema``."""
+    try:
+        bare = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        merged = OmegaConf.merge(OmegaConf.structured(schema), bare)
+        for name in OmegaConf.missing_keys(merged):
+            raise UserError(f"{name} is not set", where=origin.get(name), hint=f"set it: {name}=…")
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        name = error.full_key or "the configuration"
+        raise UserError(f"cannot resolve {name}: {str(error).splitlines()[0]}", where=origin.get(name)) from error
 
 
-def _check_values(values: Mapping[str, Any], keys: Mapping[str, Key], origin: Mapping[str, str | None]) -> None:
+def _check_ranges(values: Mapping[str, Any], keys: Mapping[str, Key], origin: Mapping[str, str | None]) -> None:
     for name, key in keys.items():
         value: Any = values
         for part in name.split("."):
             value = value[part]
-        if value == MISSING:
-            raise UserError(f"{name} is not set", where=origin.get(name), hint=f"set it: {name}=…")
-        check_type(key, value, origin.get(name))
         check_range(key, value, origin.get(name))
 
 

@@ -37,7 +37,14 @@ class View:
     """
 
     def __init__(
-        self, *, total_steps: int, start_units: int, final_units: str, metric: str, log: Path | None, first_step: int = 0
+        self,
+        *,
+        total_steps: int,
+        start_units: int,
+        final_units: str,
+        metric: str,
+        log: Path | None,
+        first_step: int = 0,
     ) -> None:
         self.console = Console(highlight=False)
         self.total, self.start_units, self.final_units, self.metric = total_steps, start_units, final_units, metric
@@ -127,15 +134,17 @@ class View:
             ProgressBar(total=self.total, completed=self.step),
             f"{self.time_left()} left",
         )
+        alive = r.get("alive", self.start_units)
         if self.start_units:
             bar.add_row(
                 "budget",
-                ProgressBar(total=self.start_units, completed=r.get("alive", self.start_units), finished_style="bar.complete"),
-                f"{r.get('alive', self.start_units)}/{self.start_units}",
+                ProgressBar(total=self.start_units, completed=alive, finished_style="bar.complete"),
+                f"{alive}/{self.start_units}",
             )
         facts = []
         if r.get("loss") is not None:
-            facts += [f"loss {number(r['loss'])}", f"lr {r['learning_rate']:.2e}", f"{r['samples_per_second']:,.0f} samples/s"]
+            facts += [f"loss {number(r['loss'])}", f"lr {r['learning_rate']:.2e}"]
+            facts += [f"{r['samples_per_second']:,.0f} samples/s"]
         if self.latest is not None:
             facts.append(f"{self.metric} {number(self.latest['value'])}")
         if self.best is not None:

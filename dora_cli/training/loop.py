@@ -1,7 +1,7 @@
 """The training loop: fetch, forward and backward, allocate, step, and only when due log, evaluate and save."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,8 @@ class Hooks:
     """What the loop needs of other rooms, handed in by ``cli``.
 
     ``evaluate() → {split: {metric: value}}``, ``export(record)`` writes the weights as they are as the run's result,
-    ``save()`` writes a checkpoint, ``log`` and ``event`` take one record each, ``stop() → name of a signal or None``.
+    ``save()`` writes a checkpoint, ``log`` and ``event`` take one record each, ``stop() → name of a signal or None``;
+    ``lower_is_better`` names the metrics that are errors.
     """
 
     evaluate: Callable[[], dict[str, dict[str, float]]]
@@ -28,6 +29,7 @@ class Hooks:
     event: Callable[[dict[str, Any]], None]
     evaluated: Callable[[dict[str, Any], bool], None]
     stop: Callable[[], str | None]
+    lower_is_better: Collection[str] = ()
 
 
 def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
@@ -92,9 +94,14 @@ def _evaluate(session: Session, progress: Progress, hooks: Hooks) -> bool:
     """Evaluate; after the final choice, also compare with the best. Returns whether to stop early."""
     splits = hooks.evaluate()
     name = session.task.metric_names[0]
-    record = {"step": progress.step, "name": name, "value": splits["validation"][name], "metrics": splits}
+    record: dict[str, Any] = {
+        "step": progress.step,
+        "name": name,
+        "value": splits["validation"][name],
+        "metrics": splits,
+    }
     eligible = progress.step >= session.allocation.final_step
-    better = eligible and (progress.best is None or _better(session, record["value"], progress.best["value"]))
+    better = eligible and (progress.best is None or _better(hooks, name, record["value"], progress.best["value"]))
     if eligible:
         progress.last = record
         progress.waited = 0 if better else progress.waited + 1
@@ -104,15 +111,16 @@ def _evaluate(session: Session, progress: Progress, hooks: Hooks) -> bool:
     last_is_wanted = session.config.save.which == "last"
     patience = session.config.train.patience
     ends = eligible and patience is not None and progress.waited >= patience
-    if eligible and (better and not last_is_wanted or last_is_wanted and (ends or progress.step == session.total_steps)):
+    at_the_end = ends or progress.step == session.total_steps
+    if eligible and (at_the_end if last_is_wanted else better):
         hooks.export(record)
     return ends
 
 
-def _better(session: Session, new: float, old: float) -> bool:
+def _better(hooks: Hooks, name: str, new: float, old: float) -> bool:
     if new != new:  # NaN is never better
         return False
-    return old != old or (new > old if session.task.higher_is_better else new < old)
+    return old != old or (new < old if name in hooks.lower_is_better else new > old)
 
 
 def _every(value: int | float | None, total: int, epoch: int) -> int:
@@ -159,7 +167,7 @@ class _Meter:
         """Put the loss of a half-logged stretch where a checkpoint finds it."""
         self.progress.pending_loss = float(self.loss)
 
-    def record(self, step: int, learning_rate: float, norm: Tensor | None, session: Session) -> dict[str, Any]:
+    def record(self, step: int, learning_rate: float, norm: Tensor | float | None, session: Session) -> dict[str, Any]:
         progress = self.progress
         seconds = progress.seconds - self.seconds_before
         record: dict[str, Any] = {

@@ -40,7 +40,11 @@ def _run(session: Session, out: str) -> dict[str, str]:
 
 def _data(session: Session) -> dict[str, str]:
     lines = {role: f"{len(rows):,} rows" for role, rows in session.encoded.items()}
-    lines |= session.task.describe()
+    if session.task.num_labels > 1:
+        lines["labels"] = ", ".join(session.task.model_kwargs()["id2label"].values())
+    cut = sum(rows.truncated for rows in session.encoded.values())
+    if cut:
+        lines["truncated"] = f"{cut:,} rows were longer than data.max_length={session.config.data.max_length} tokens"
     return lines
 
 
@@ -98,10 +102,11 @@ def _schedule(session: Session) -> dict[str, str]:
 def _training(session: Session) -> dict[str, str]:
     train = session.config.train
     rows = train.batch_size * train.accumulation
+    warmup = warmup_steps(train.warmup, session.total_steps)
     return {
         "steps": f"{session.total_steps:,} of {rows} rows ({session.total_steps / session.steps_per_epoch:.3g} epochs)",
-        "rate": f"{train.learning_rate:g} {train.scheduler}, {warmup_steps(train.warmup, session.total_steps):,} steps of "
-        f"warm-up, weight decay {train.weight_decay:g}, clip {train.clip_norm}",
+        "rate": f"{train.learning_rate:g} {train.scheduler}, {warmup:,} steps of warm-up, "
+        f"weight decay {train.weight_decay:g}, clip {train.clip_norm}",
     }
 
 
@@ -120,5 +125,3 @@ def _notes(session: Session) -> list[str]:
 def _range(ranks: list[int]) -> str:
     low, high = min(ranks, default=0), max(ranks, default=0)
     return str(low) if low == high else f"{low} to {high}"
-
-

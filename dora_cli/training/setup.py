@@ -32,12 +32,20 @@ Batch = dict[str, Tensor]
 class Composed(Protocol):
     """What set-up needs of ``config.compose``'s result."""
 
-    config: Config
-    parts: dict[str, Any]
-    names: dict[str, str]
-    recipe: str
-    method: str
-    dropped: list[str]
+    @property
+    def config(self) -> Config: ...
+    @property
+    def parts(self) -> dict[str, Any]: ...
+    @property
+    def names(self) -> dict[str, str]: ...
+    @property
+    def recipe(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def dropped(self) -> list[str]: ...
+    @property
+    def yaml(self) -> str: ...
 
 
 @dataclass
@@ -51,6 +59,7 @@ class Session:
     encoded: dict[str, Encoded]  # role → encoded rows
     rows: Rows
     head_modules: list[str]
+    source: str  # where the base comes from: an absolute folder, package://…, or a hub name
     layers: dict[str, AdapterLayer]
     targets: list[str]
     start_ranks: list[int]
@@ -73,10 +82,10 @@ class Session:
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.config.train.precision == "bf16" else None
+        return autocast_dtype(self.config.train.precision)
 
     def micro_batches(self, first: int) -> Iterator[Batch]:
-        """The endless stream of training micro-batches from the ``first``-th on: a pure function of seed and position."""
+        """The endless stream of training micro-batches from the ``first``-th on: a function of seed and position."""
         n = len(self.plan)
         epoch, skip = divmod(first, n)
         pin = self.device.type == "cuda"
@@ -89,6 +98,11 @@ class Session:
         """Every parameter that training changes or has changed, by full name: adapters, head, or all of them."""
         adapted = {f"{m}.{n}" for m, layer in self.layers.items() for n in layer.adapter_parameters()}
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad or n in adapted}
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The type that the forward pass is cast to; None for the weights' own."""
+    return torch.bfloat16 if precision == "bf16" else None
 
 
 def seed_everything(seed: int) -> None:
@@ -127,13 +141,19 @@ def build(composed: Composed) -> Session:
     task.fit(rows)
 
     seed_everything(config.seed)
-    loaded = load_model(config.model, auto_class=task.auto_class, offline=config.offline, **task.model_kwargs())
+    loaded = load_model(
+        config.model,
+        auto_class=task.auto_class,
+        offline=config.offline,
+        max_length=config.data.max_length,
+        **task.model_kwargs(),
+    )
     model = loaded.model
     encoded = {role: task.encode(split, loaded.tokenizer) for role, split in rows.splits.items()}
 
     model.requires_grad_(not parts["adapter"].wraps and parts["adapter"].trains_base)
-    for name in loaded.missing:
-        model.get_parameter(name).requires_grad_(True)
+    for name in loaded.head_modules:
+        model.get_submodule(name).requires_grad_(True)
     targets, ranks, target = _targets(composed, model, loaded.head_modules, budget)
     wrapped = {n: r for n, r in zip(targets, ranks, strict=True) if r > 0 or parts["allocator"].grows}
     seed_everything(config.seed)
@@ -165,6 +185,7 @@ def build(composed: Composed) -> Session:
         encoded=encoded,
         rows=rows,
         head_modules=loaded.head_modules,
+        source=config.model.name if config.model.name.startswith("package://") else loaded.source,
         layers=layers,
         targets=targets,
         start_ranks=ranks,
@@ -188,10 +209,10 @@ def _budget(composed: Composed) -> Budget | None:
     if budget is None and composed.parts["allocator"].mode == "shrink":
         raise UserError(
             f"method={composed.method} shrinks to a budget, but none is set",
-            hint="set for example budget=r8 (average rank), budget=0.1 (share of the start) or budget=340k (parameters)",
+            hint="set for example budget=r8 (average rank), budget=0.1 (share) or budget=340k (parameters)",
         )
     if budget is None and adapter.rank is None:
-        raise UserError("neither budget nor adapter.rank says how large the adapter is", hint="set for example budget=r8")
+        raise UserError("neither budget nor adapter.rank says how large the adapter is", hint="set budget=r8")
     if budget is not None and budget.kind == "share" and adapter.rank is None:
         resolve(budget, [1], None, shrinks=False)  # refuses: a share needs a rank
     return budget

@@ -91,7 +91,8 @@ def _advance(session: Session, last_epoch: int) -> None:
     """Set the learning rate to where it stood, by the same arithmetic as stepping there."""
     scheduler = session.scheduler
     scheduler.last_epoch = last_epoch
-    for group, base, factor in zip(session.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):  # type: ignore[attr-defined]
+    factors: list[Any] = scheduler.lr_lambdas  # type: ignore[attr-defined]
+    for group, base, factor in zip(session.optimizer.param_groups, scheduler.base_lrs, factors, strict=True):
         group["lr"] = base * factor(last_epoch)
     scheduler._last_lr = [group["lr"] for group in session.optimizer.param_groups]
 
@@ -104,7 +105,7 @@ def _random_tensors() -> dict[str, Tensor]:
 
 
 def _random_numbers() -> dict[str, Any]:
-    name, keys, pos, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    name, keys, pos, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],

@@ -43,7 +43,9 @@ class OneByOne:
 def trajectory(shrink: bool) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """Train three adapted layers; at SHRINK_AT half of each one's units die: rebuilt without them, or masked."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+    model = nn.Sequential(
+        nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)
+    )
     model.requires_grad_(False)
     layers = inject(model, ["0", "2", "4"], Components(), [RANK] * 3)
     optimizer = torch.optim.AdamW(parameter_groups(layers, lr=3e-3, weight_decay=0.01), fused=True)

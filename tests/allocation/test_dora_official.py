@@ -138,5 +138,3 @@ def test_every_event_prunes_at_least_one_and_events_may_come_a_step_early() -> N
     window = CubicLate(start=0.15, end=0.5).window(30)  # start 4.5, end 15
     allocator = PruneOfficial(interval=3)
     assert [t for t in range(1, 31) if allocator.is_event(t, window)] == [4, 5, 8, 11, 14, 15]
-
-

@@ -199,6 +199,12 @@ def test_config_yaml_keeps_text_that_looks_like_something_else(composed):
     assert again.parts["adapter"].targets == r".*\.(query|key)"
 
 
+def test_config_yaml_keeps_text_that_looks_like_an_interpolation(composed):
+    first = composed("recipe=toy", r"data.path=\${x}/a.csv")
+    assert first.config.data.path == "${x}/a.csv"
+    assert composed(write_record(first)).config.data.path == "${x}/a.csv"
+
+
 def test_config_yaml_takes_overrides_of_values(composed):
     again = composed(write_record(composed("recipe=toy")), "train.epochs=1", "adapter.rank=4")
     assert again.config.train.epochs == 1

@@ -17,8 +17,8 @@ from dora_cli.errors import UserError
 class Event:
     """All that an allocator may look at when it acts.
 
-    ``limit`` is what may live after this event by the schedule, in units, or parameters where ``by_cost``; ``first`` and
-    ``last`` are its values at the start and the end. ``scores()`` asks the importance, once.
+    ``limit`` is what may live after this event by the schedule, in units, or parameters where ``by_cost``; ``first``
+    and ``last`` are its values at the start and the end. ``scores()`` asks the importance, once.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""AFLoRA's allocator (Liu et al., ACL 2024, arXiv 2403.13269): tensors stop training for good, the least alive first."""
+"""AFLoRA's allocator (Liu et al., ACL 2024, arXiv 2403.13269): tensors stop training for good, one by one."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar

@@ -12,7 +12,7 @@ from dora_cli.errors import UserError
 
 @dataclass
 class PruneOfficial(Allocator):
-    """Prunes ``max(int(N · share · x³), 1)`` components and whatever ties with the last of them; masks, never compacts."""
+    """Prunes ``max(int(N · share · x³), 1)`` components and whatever ties with the last; masks, never compacts."""
 
     interval: int = field(default=10, metadata={"help": "steps between events", "low": 1})
 
@@ -24,7 +24,7 @@ class PruneOfficial(Allocator):
         if step == window.end:
             return True
         offset = step - window.start_exact
-        return -1 < offset and step < window.end and int(offset) % self.interval == 0
+        return offset > -1 and step < window.end and int(offset) % self.interval == 0
 
     def act(self, event: Event) -> None:
         if event.by_cost:

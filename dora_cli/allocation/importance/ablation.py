@@ -1,4 +1,4 @@
-"""ALoRA's importance (Liu et al., NAACL 2024, arXiv 2403.16187): what the loss does without a rank, and with it alone."""
+"""ALoRA's importance (Liu et al., NAACL 2024, arXiv 2403.16187): the loss without a rank, and with it alone."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar

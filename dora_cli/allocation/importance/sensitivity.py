@@ -12,8 +12,10 @@ from dora_cli.allocation.table import UnitTable
 
 @dataclass
 class Sensitivity(Importance):
-    """I = |w·∂L/∂w|; Ī ← β₁Ī + (1−β₁)I; Ū ← β₂Ū + (1−β₂)|I − Ī| with the new Ī; a component's score is the sum, over its
-    gate, column and row, of the mean of Ī·Ū (METHODS 3). Gradients are those of the total loss of the step just taken.
+    """I = |w·∂L/∂w|; Ī ← β₁Ī + (1−β₁)I; Ū ← β₂Ū + (1−β₂)|I − Ī| with the new Ī.
+
+    A component's score is the sum, over its gate, column and row, of the mean of Ī·Ū (METHODS 3). Gradients are those
+    of the total loss of the step just taken.
     """
 
     beta: float = field(default=0.85, metadata={"help": "smoothing of the sensitivity", "low": 0.0, "below": 1.0})

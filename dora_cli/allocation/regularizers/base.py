@@ -37,6 +37,6 @@ class Regularizer:
 
 def add_to_gradients(parameters: Sequence[nn.Parameter], directions: Tensor, scale: float) -> None:
     """``p.grad += scale · direction`` for parameters of one shape; ``directions`` is (m, *shape)."""
-    pairs = [(p, d) for p, d in zip(parameters, directions.unbind(0), strict=True) if p.grad is not None]
+    pairs = [(p.grad, d) for p, d in zip(parameters, directions.unbind(0), strict=True) if p.grad is not None]
     if pairs:
-        torch._foreach_add_([p.grad for p, _ in pairs], [d for _, d in pairs], alpha=scale)
+        torch._foreach_add_([g for g, _ in pairs], [d for _, d in pairs], alpha=scale)

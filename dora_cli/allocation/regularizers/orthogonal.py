@@ -17,7 +17,7 @@ class Orthogonal(Regularizer):
     """
 
     weight: float = field(default=0.1, metadata={"help": "γ, what R is multiplied by in the loss", "low": 0.0})
-    squared: bool = field(default=False, metadata={"help": "the paper's sum of squares instead of the codes' mean norm"})
+    squared: bool = field(default=False, metadata={"help": "the paper's sum of squares, not the codes' mean norm"})
 
     def value(self, table: UnitTable) -> float:
         norms = [gap.flatten(1).norm(dim=1) for *_, gap in self._gaps(table)]

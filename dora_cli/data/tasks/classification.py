@@ -125,6 +125,8 @@ class Classification:
         column = self.columns["label"]
         if value is None or value == "":
             return UserError(f"'{column}' is missing", where=where, hint="correct or remove the row")
+        if not isinstance(value, (str, int, float)):
+            return UserError(f"'{column}' is no word or number ({type(value).__name__})", where=where)
         if isinstance(value, float) and not value.is_integer():
             return UserError(
                 f"label {value} is no whole number", where=where, hint="for numbers set data.task=regression"

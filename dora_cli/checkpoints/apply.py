@@ -1,0 +1,94 @@
+"""Put a saved adapter into a model in memory: to evaluate it, or to start from it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from dora_cli.adapters.base import AdapterLayer, LowRankLayer, is_transposed, linear_shape
+from dora_cli.adapters.lora import LoraLayer
+from dora_cli.checkpoints.adapter_format import LowRank, WeightDecomposed
+from dora_cli.checkpoints.peft_io import AdapterFile
+from dora_cli.errors import UserError
+
+
+def apply_adapter(model: nn.Module, adapter: AdapterFile) -> None:
+    """Make ``model`` the model that was trained: adapters as layers, heads and replaced parameters as values.
+
+    Raises:
+        UserError: something in the adapter matches nothing in the model, or has another shape.
+    """
+    _load_values(model, {**adapter.head, **adapter.replaced}, adapter)
+    for name, update in adapter.modules.items():
+        base = _module(model, name, adapter)
+        shape = linear_shape(base)
+        if shape != (update.b.shape[0], update.a.shape[1]):
+            raise UserError(
+                f"the adapter does not fit the base: module '{name}' is {shape[0]}×{shape[1]}",
+                where=f"{adapter.folder} has an update of {update.b.shape[0]}×{update.a.shape[1]} for it",
+                hint="give the base that the adapter was trained on, with base=",
+            )
+        if isinstance(update, WeightDecomposed):
+            _set_decomposed(base, update)
+        elif update.rank:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, LoraLayer(base, update.a, update.b, None, 1.0, 0.0))
+    model.eval()
+
+
+def start_from(layers: Mapping[str, AdapterLayer], model: nn.Module, adapter: AdapterFile) -> int:
+    """Load a trained low-rank adapter into freshly injected layers, and its head where it fits. Returns modules filled.
+
+    Raises:
+        UserError: a kind of adapter that can't be a start, a module that is not adapted here, or one too large.
+    """
+    filled = 0
+    for name, update in adapter.modules.items():
+        layer = layers.get(name)
+        if isinstance(update, WeightDecomposed) or not isinstance(layer, LowRankLayer):
+            raise UserError(
+                f"adapter.init_from={adapter.folder}: its module '{name}' cannot be the start of this method's",
+                hint="start from a low-rank adapter on the same target modules",
+            )
+        if update.rank:
+            layer.load_low_rank(update.a, update.b)
+            filled += 1
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    fitting = {n: t for n, t in adapter.head.items() if shapes.get(n) == t.shape}
+    _load_values(model, fitting, adapter)  # another number of labels needs a head of its own
+    return filled
+
+
+def _module(model: nn.Module, name: str, adapter: AdapterFile) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise UserError(
+            f"the adapter does not fit the base: the model has no module '{name}'",
+            where=f"in {adapter.folder}",
+            hint="give the base that the adapter was trained on, with base=",
+        ) from None
+
+
+def _load_values(model: nn.Module, values: Mapping[str, torch.Tensor], adapter: AdapterFile) -> None:
+    state = model.state_dict(keep_vars=True)
+    for name, value in values.items():
+        if name not in state or state[name].shape != value.shape:
+            found = tuple(state[name].shape) if name in state else "no such tensor"
+            raise UserError(
+                f"the adapter does not fit the base: '{name}' {tuple(value.shape)} against {found}",
+                where=f"in {adapter.folder}",
+                hint="give the base that the adapter was trained on, with base=",
+            )
+        with torch.no_grad():
+            state[name].copy_(value)
+
+
+def _set_decomposed(base: nn.Module, update: LowRank) -> None:
+    """W' = diag(m / ‖W + BA‖_row) (W + BA), in float32 (METHODS 4)."""
+    assert isinstance(update, WeightDecomposed)
+    weight: torch.Tensor = base.weight  # type: ignore[assignment]
+    with torch.no_grad():
+        dense = (weight.T if is_transposed(base) else weight).float() + update.b @ update.a
+        dense = dense * (update.magnitude / dense.norm(dim=1).clamp_min(1e-12))[:, None]
+        weight.copy_(dense.T if is_transposed(base) else dense)

@@ -1,0 +1,186 @@
+"""Merging an adapter into its base, from file to file: no model is built, and memory holds a few blocks.
+
+What the adapter does not touch is copied as bytes. Target weights are read, changed and written by blocks of rows,
+ΔW added in float32 and rounded once. Heads are written as trained.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text
+from dora_cli.checkpoints.base_folder import CONFIG, INDEX, SINGLE, copy_small_files, open_base, resolve_base
+from dora_cli.checkpoints.merge_plan import plan_merge
+from dora_cli.checkpoints.merged_config import merged_config, require_family
+from dora_cli.checkpoints.peft_io import read_adapter
+from dora_cli.checkpoints.safetensors_io import DTYPES, write_header
+from dora_cli.checkpoints.weights import Piece, write_piece
+from dora_cli.errors import UserError
+from dora_cli.registry import did_you_mean
+
+OUTPUT_DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+WORKERS = 4  # one thread each; more than this only waits for memory
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        ranks: adapted module → rank that was added, 0 included.
+        head: parameters that were trained in full and written as they are.
+        left_out: tensors of the base that the merged model's class does not have.
+        bytes: of all written tensors.
+    """
+
+    out: Path
+    base: Path
+    ranks: dict[str, int]
+    head: list[str]
+    left_out: list[str]
+    bytes: int
+    shards: int
+    seconds: float
+
+
+def merge(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    shard_size: str | int = "5GB",
+) -> MergeReport:
+    """Write the model that an adapter makes of its base as a transformers folder.
+
+    The folder appears whole: an interrupted merge leaves nothing under ``out``.
+
+    Args:
+        checkpoint: a run folder or an adapter folder (ours or PEFT's).
+        out: the folder to make; it may be there if it is empty.
+        base: name or folder of the base; null takes the one the adapter names.
+        dtype: type of all floating-point weights; ``auto`` keeps each tensor's.
+        shard_size: largest size of one file, such as ``5GB`` (10⁹) or ``512MiB``.
+
+    Raises:
+        UserError: an argument or a file is wrong, ``out`` holds something, or the adapter does not fit the base.
+        OSError: the disk has no room for it.
+    """
+    begin = time.perf_counter()
+    out = Path(out)
+    if dtype not in OUTPUT_DTYPES:
+        raise UserError(f"unknown dtype '{dtype}'", hint=did_you_mean(dtype, OUTPUT_DTYPES))
+    limit = parse_size(shard_size)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out} exists and is not empty", hint="name a new folder, or empty this one first")
+    adapter = read_adapter(Path(checkpoint))
+    name = base or adapter.base_name
+    if not name:
+        raise UserError(f"{adapter.folder} does not say which model it was trained on", hint="set base=")
+    model = open_base(resolve_base(name, None if base else adapter.revision))
+    require_family(adapter, model)
+
+    pieces, left_out = plan_merge(adapter, model, OUTPUT_DTYPES[dtype])
+    head_shapes = {name: entry.shape for name, entry in adapter.head.parts.items()}
+    config = merged_config(adapter, model, OUTPUT_DTYPES[dtype] or model.dtype, head_shapes)
+    shards = _shards(pieces, limit)
+    total = sum(piece.nbytes for piece in pieces)
+    _require_space(out, total)
+    with atomic_folder(out) as folder:
+        _write_shards(folder, shards, total)
+        atomic_write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        copy_small_files(model.folder, folder)
+        copy_small_files(adapter.folder, folder)  # a tokenizer that was saved with the adapter is the newer one
+    return MergeReport(
+        out=out,
+        base=model.folder,
+        ranks={update.name: update.rank for update in adapter.modules.parts.values()},
+        head=sorted([*adapter.head, *adapter.replaced]),
+        left_out=left_out,
+        bytes=total,
+        shards=len(shards),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of ``5GB``, ``512MiB`` or a plain number.
+
+    Raises:
+        UserError: not a size, or 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    size = int(float(match[1]) * UNITS[match[2].upper()]) if match and match[2].upper() in UNITS else 0
+    if size < 1:
+        raise UserError(f"shard_size={text} is no size", hint="such as 5GB, 512MiB or a number of bytes")
+    return size
+
+
+def _shards(pieces: list[Piece], limit: int) -> list[list[Piece]]:
+    """The pieces in files of at most ``limit`` bytes (one piece at least), in their order."""
+    shards: list[list[Piece]] = [[]]
+    room = limit
+    for piece in pieces:
+        if shards[-1] and piece.nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(piece)
+        room -= piece.nbytes
+    return shards
+
+
+def _write_shards(folder: Path, shards: list[list[Piece]], total: int) -> None:
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    places = []
+    for name, pieces in zip(names, shards, strict=True):
+        # wider types first, so that every tensor lies aligned to its type
+        pieces = sorted(pieces, key=lambda piece: -DTYPES[piece.dtype].itemsize)
+        starts = write_header(folder / name, ((piece.name, piece.dtype, piece.source.shape) for piece in pieces))
+        places += [(piece, folder / name, starts[piece.name]) for piece in pieces]
+    with _one_thread_each() as workers:
+        for done in [workers.submit(write_piece, *place) for place in places]:
+            done.result()
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {piece.name: file.name for piece, file, _ in sorted(places, key=lambda place: place[0].name)},
+        }
+        atomic_write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """Threads that each read, compute and write; the first failure stops those that have not begun.
+
+    Blocks are too small to share: torch's own threads would wait for each other after every operation.
+    """
+    threads = torch.get_num_threads()
+    workers = ThreadPoolExecutor(min(WORKERS, threads))
+    torch.set_num_threads(1)
+    try:
+        yield workers
+    finally:
+        workers.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _require_space(out: Path, needed: int) -> None:
+    there = next(parent for parent in out.resolve().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        message = f"the merged model takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise OSError(errno.ENOSPC, message, str(there))

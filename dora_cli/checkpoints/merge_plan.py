@@ -1,0 +1,132 @@
+"""What each tensor of a merged model is made of, decided from names and shapes before any of them is read."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+from dora_cli.checkpoints.base_folder import Base
+from dora_cli.checkpoints.merged_config import architecture, base_architecture, has_task_head
+from dora_cli.checkpoints.names import model_names
+from dora_cli.checkpoints.peft_io import AdapterFile, Update
+from dora_cli.checkpoints.safetensors_io import FLOATS, Entry
+from dora_cli.checkpoints.weights import Piece
+from dora_cli.errors import UserError
+
+
+def plan_merge(adapter: AdapterFile, base: Base, dtype: str | None) -> tuple[list[Piece], list[str]]:
+    """Every tensor of the merged model, in the base's order and new ones last; and the base's tensors left out.
+
+    Args:
+        dtype: the file's name of the type that floating-point tensors get (``BF16``); null keeps each one's.
+
+    Raises:
+        UserError: something of the adapter matches nothing in the base, or has another shape there.
+    """
+    updates = {f"{name}.weight": update for name, update in adapter.modules.parts.items()}
+    whole = {**adapter.replaced.parts, **adapter.head.parts}
+    noted = adapter.method.get("base_model_prefix")
+    prefix = noted if isinstance(noted, str) and noted else None
+    names = model_names(base.entries, [*updates, *adapter.replaced], prefix, str(base.folder))
+    sources = {name: base.entries[key] for key, name in names.items()}
+    _require_fit(adapter, base, sources)
+    left_out = _pretraining_head(adapter, base, sources, prefix) - whole.keys()
+    transposed = _transposed(updates, sources)
+
+    pieces = []
+    for name, entry in sources.items():
+        if name in whole:
+            pieces.append(Piece(name, whole[name], _written(whole[name], dtype), checked=True))
+        elif name in updates and updates[name].rank:
+            update = partial(adapter.modules.read, replace(updates[name], transposed=transposed[name]))
+            pieces.append(Piece(name, entry, _written(entry, dtype), update))
+        elif name not in left_out:
+            pieces.append(Piece(name, entry, _written(entry, dtype)))
+    new = {name: entry for name, entry in whole.items() if name not in sources}
+    pieces += [Piece(name, entry, _written(entry, dtype), checked=True) for name, entry in new.items()]
+    return pieces, sorted(left_out)
+
+
+def _written(entry: Entry, dtype: str | None) -> str:
+    return dtype if dtype and entry.dtype in FLOATS else entry.dtype
+
+
+def _require_fit(adapter: AdapterFile, base: Base, sources: Mapping[str, Entry]) -> None:
+    """Shapes and types of all that is added or replaced agree with the base's; heads may have any shape."""
+    for module, update in adapter.modules.parts.items():
+        entry = sources[f"{module}.weight"]
+        if entry.dtype not in FLOATS:
+            raise UserError(f"{entry.file}: '{entry.name}' has the type {entry.dtype}, to which nothing can be added")
+        if entry.shape not in (update.shape, update.shape[::-1]):
+            raise _misfit(base, entry, update.shape)
+    for name, new in adapter.replaced.parts.items():
+        if sources[name].shape != new.shape:
+            raise _misfit(base, sources[name], new.shape)
+    touched = [f"{module}.weight" for module in adapter.modules]
+    for name in (*touched, *adapter.replaced, *(name for name in adapter.head if name in sources)):
+        if _tied(adapter, base, sources[name]):
+            raise UserError(
+                f"'{name}' is both the input and the output embedding of {base.folder}",
+                where="the adapter changes only one of the two, and a merged model could not",
+                hint="save the base with tie_word_embeddings=false, or keep the adapter apart from it",
+            )
+
+
+def _misfit(base: Base, entry: Entry, shape: tuple[int, ...]) -> UserError:
+    return UserError(
+        f"the adapter does not fit the base {base.folder}",
+        where=f"'{entry.name}' has the shape {list(entry.shape)} there, the adapter's has {list(shape)}",
+        hint="name the model it was trained on with base=",
+    )
+
+
+def _tied(adapter: AdapterFile, base: Base, entry: Entry) -> bool:
+    """Whether a tensor also serves as the output embedding, as far as the files tell."""
+    name = architecture(adapter, base) or ""
+    bare = name.endswith("Model") and "Head" not in name
+    flag = base.config.get("tie_word_embeddings")
+    if has_task_head(name) or bare or flag is False or entry.shape[:1] != (base.config.get("vocab_size"),):
+        return False
+    alike = [other for other in base.entries.values() if other.shape == entry.shape]
+    return flag is True or len(alike) == 1
+
+
+def _pretraining_head(adapter: AdapterFile, base: Base, names: Mapping[str, Entry], prefix: str | None) -> set[str]:
+    """The tensors outside the body, where the merged model's class has another head than the base's class.
+
+    A body whose prefix is not known for sure keeps everything: a tensor too much is ignored, one too few is not.
+    """
+    name = architecture(adapter, base)
+    firsts = {module.partition(".")[0] for module in adapter.modules}
+    if prefix is None and len(firsts) == 1 and adapter.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        prefix = min(firsts - {"encoder", "decoder"}, default=None)
+    if not has_task_head(name) or name == base_architecture(base) or prefix is None or firsts - {prefix}:
+        return set()
+    return {name for name in names if not name.startswith(f"{prefix}.")}
+
+
+def _transposed(updates: Mapping[str, Update], sources: Mapping[str, Entry]) -> dict[str, bool]:
+    """Whether each target stores its weight as ``(d_in, d_out)``.
+
+    The base's shape tells, except for square ones: those follow the others of their kind (``c_proj`` of attention
+    that of the feed-forward layer), then all others, then the adapter's flag, which PEFT overwrites module by module.
+
+    Raises:
+        UserError: for a square weight the others disagree.
+    """
+    told = {
+        name: sources[name].shape != update.shape
+        for name, update in updates.items()
+        if update.shape[0] != update.shape[1]
+    }
+    result = dict(told)
+    for name in updates.keys() - told.keys():
+        kind = name.split(".")[-2]
+        votes = {told[other] for other in told if other.split(".")[-2] == kind} or set(told.values())
+        votes = votes or {updates[name].transposed}
+        if len(votes) > 1:
+            raise UserError(
+                f"cannot tell how '{name}' is stored: it is square, and the adapter's other targets disagree",
+                hint="merge this adapter with PEFT itself",
+            )
+        result[name] = votes.pop()
+    return result

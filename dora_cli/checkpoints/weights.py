@@ -1,0 +1,135 @@
+"""One tensor of a merged model, from file to file in blocks: read, change in float32, round once, write."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_cli.checkpoints.adapter_format import LowRank, WeightDecomposed
+from dora_cli.checkpoints.safetensors_io import (
+    DTYPES,
+    Entry,
+    copy_bytes,
+    descriptor,
+    read_into,
+    require_finite,
+    write_from,
+)
+
+BLOCK = 1 << 19  # numbers per block: what a block touches stays in the processor's caches
+
+Change = Callable[[Tensor, slice], Tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the merged model.
+
+    Attributes:
+        name: its name there.
+        source: where its numbers come from: the base, or the adapter for what was trained in full.
+        dtype: the type to write.
+        update: reads the low-rank update to add; null where there is none.
+        checked: whether the numbers are looked at for NaN and infinity on the way.
+    """
+
+    name: str
+    source: Entry
+    dtype: str
+    update: Callable[[], LowRank] | None = None
+    checked: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.source.shape) * DTYPES[self.dtype].itemsize
+
+
+def write_piece(piece: Piece, out: Path, start: int) -> None:
+    """Write the bytes of one tensor into ``out`` from byte ``start`` on."""
+    with descriptor(out, os.O_WRONLY) as target:
+        if piece.update:
+            _stream(piece, _merging(piece.source, piece.update()), target, start)
+        elif piece.checked or piece.dtype != piece.source.dtype:
+            _stream(piece, lambda block, rows: block, target, start)
+        else:
+            copy_bytes(piece.source, target, start)
+
+
+def _stream(piece: Piece, change: Change, target: int, start: int) -> None:
+    dtype = DTYPES[piece.dtype]
+    written = bytearray(_block_rows(piece.source) * _row_length(piece.source) * dtype.itemsize)
+    place = torch.frombuffer(written, dtype=dtype) if written else torch.empty(0, dtype=dtype)
+
+    def write(block: Tensor, rows: slice) -> None:
+        if piece.checked:
+            require_finite(block, piece.source)
+        changed = change(block, rows)
+        place[: changed.numel()].copy_(changed.view(-1))  # rounds to nearest, once
+        begin = start + rows.start * _row_length(piece.source) * dtype.itemsize
+        write_from(target, begin, memoryview(written)[: changed.numel() * dtype.itemsize])
+
+    _for_blocks(piece.source, write)
+
+
+def _merging(source: Entry, update: LowRank) -> Change:
+    """How a block of rows of the stored weight becomes the merged one.
+
+    The stored weight is W, shape ``(d_out, d_in)``, or its transpose; the added rows are those of B A, or of Aᵀ Bᵀ.
+    The weight-decomposed one then scales each output's weights to the norm m: rows of W, or columns of its transpose.
+    """
+    left, right = (update.a.T.contiguous(), update.b.T.contiguous()) if update.transposed else (update.b, update.a)
+
+    def added(block: Tensor, rows: slice) -> Tensor:
+        wide = block.to(torch.promote_types(block.dtype, torch.float32))
+        return wide.addmm_(left[rows].to(wide.dtype), right.to(wide.dtype))
+
+    if not isinstance(update, WeightDecomposed):
+        return added
+    magnitude = update.magnitude
+
+    def rescaled_rows(block: Tensor, rows: slice) -> Tensor:
+        wide = added(block, rows)
+        return wide.mul_(_ratio(magnitude[rows], torch.linalg.vector_norm(wide, dim=1))[:, None])
+
+    if not update.transposed:
+        return rescaled_rows
+    squares = torch.zeros(source.shape[1], dtype=torch.float64)
+    _for_blocks(source, lambda block, rows: squares.add_(added(block, rows).double().square_().sum(0)))
+    ratio = _ratio(magnitude, squares.sqrt())
+    return lambda block, rows: added(block, rows).mul_(ratio)
+
+
+def _ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """m / n, and 0 for the weights of an output that are all 0: they have no direction to scale."""
+    return torch.where(norms > 0, magnitude / norms, 0.0).float()
+
+
+def _for_blocks(source: Entry, visit: Callable[[Tensor, slice], object]) -> None:
+    """Call ``visit(block, rows)`` for every block of rows; the block is only valid until the call returns."""
+    rows, length, step = _rows(source), _row_length(source), _block_rows(source)
+    row_bytes = length * DTYPES[source.dtype].itemsize
+    buffer = bytearray(step * row_bytes)
+    if not buffer:
+        return
+    whole = torch.frombuffer(buffer, dtype=DTYPES[source.dtype]).view(step, length)
+    with descriptor(source.file) as file:
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            read_into(file, source.start + first * row_bytes, memoryview(buffer)[: count * row_bytes], source.file)
+            visit(whole[:count], slice(first, first + count))
+
+
+def _rows(source: Entry) -> int:
+    return source.shape[0] if len(source.shape) > 1 else prod(source.shape)
+
+
+def _row_length(source: Entry) -> int:
+    return prod(source.shape[1:])
+
+
+def _block_rows(source: Entry) -> int:
+    return min(_rows(source), max(1, BLOCK // max(1, _row_length(source))))

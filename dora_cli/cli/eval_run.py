@@ -1,0 +1,151 @@
+"""One evaluation: find what the checkpoint is, load it, measure it, write the two files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dora_cli.checkpoints.apply import apply_adapter
+from dora_cli.checkpoints.atomic import atomic_write_text
+from dora_cli.checkpoints.peft_io import AdapterFile, read_adapter
+from dora_cli.cli import run_folder
+from dora_cli.cli.parts import load_parts
+from dora_cli.config.compose import compose
+from dora_cli.config.schema import Config, DataConfig
+from dora_cli.data.sources import load_rows
+from dora_cli.data.tasks import build_task
+from dora_cli.errors import UserError
+from dora_cli.evaluation.predict import evaluate
+from dora_cli.models.load import load_model
+from dora_cli.training.setup import autocast_dtype, pick_device
+
+
+def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
+    """Evaluate ``own["checkpoint"]`` on ``own["split"]``; prints the metrics and where the files are.
+
+    Raises:
+        UserError: no such checkpoint, nothing that says which data, or anything that does not fit.
+    """
+    folder = Path(own["checkpoint"]).expanduser()
+    adapter = _adapter(folder)
+    config = compose(_recipe(own, folder, overrides), load_parts(), config_dirs).config
+    split = own.get("split", "validation")
+
+    labels = _labels(adapter, folder)
+    data = replace(config.data, labels=labels) if labels and config.data.task == "classification" else config.data
+    role = _file_role(overrides, split)
+    rows = load_rows(data, offline=config.offline, seed=config.seed, roles=[split], file_role=role)
+    task = build_task(data)
+    task.fit(rows)
+    model, tokenizer = _load(own, folder, adapter, config, task)
+    device = pick_device(config.train.device)
+    result = evaluate(
+        model.to(device),
+        task,
+        task.encode(rows.splits[split], tokenizer),
+        device=device,
+        batch_size=config.train.eval_batch_size,
+        autocast_dtype=autocast_dtype(config.train.precision),
+        keep_predictions=True,
+    )
+    _write(own, folder, split, result.metrics, result.predictions or [], data)
+    return 0
+
+
+def _adapter(folder: Path) -> AdapterFile | None:
+    """The adapter in a run or adapter folder; None where the checkpoint is a model."""
+    if (folder / run_folder.ADAPTER).is_dir() or (folder / "adapter_config.json").exists():
+        return read_adapter(folder)
+    if (folder / run_folder.CONFIG).exists():
+        raise UserError(
+            f"checkpoint={folder} is a run without a result yet",
+            hint="finish it with dora-train resume=true, or evaluate another checkpoint",
+        )
+    return None
+
+
+def _recipe(own: Mapping[str, str], folder: Path, overrides: Sequence[str]) -> list[str]:
+    """Overrides for ``compose``: the recipe asked for, else the configuration of the run the checkpoint belongs to."""
+    if "recipe" in own:
+        return [f"recipe={own['recipe']}", *overrides]
+    for candidate in (folder, folder.absolute().parent):
+        if (candidate / run_folder.CONFIG).exists():
+            return [f"recipe={candidate / run_folder.CONFIG}", *overrides]
+    raise UserError(
+        f"checkpoint={folder} does not say which task and data it is for",
+        hint="say so with recipe=NAME (and data.path=FILE_OR_FOLDER)",
+    )
+
+
+def _labels(adapter: AdapterFile | None, folder: Path) -> list[str] | None:
+    """The labels in the order of the trained head, so that a number means the same as in training."""
+    if adapter is not None:
+        names = adapter.method.get("model_config", {}).get("id2label")
+    else:
+        file = folder / "config.json"
+        names = json.loads(file.read_text(encoding="utf-8")).get("id2label") if file.exists() else None
+    if not names:
+        return None
+    ordered = [str(names[key]) for key in sorted(names, key=int)]
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(ordered)) or len(ordered) < 2 else ordered
+
+
+def _file_role(overrides: Sequence[str], split: str) -> str:
+    """A single file named here is the split itself; one of the run's own configuration was its training file."""
+    return split if any(word.startswith("data.path=") for word in overrides) else "train"
+
+
+def _load(
+    own: Mapping[str, str], folder: Path, adapter: AdapterFile | None, config: Config, task: Any
+) -> tuple[Any, Any]:
+    if adapter is None:
+        name, revision = own["checkpoint"], None
+    else:
+        name, revision = own.get("base") or adapter.base_name or config.model.name, adapter.revision
+    loaded = load_model(
+        replace(config.model, name=name, revision=None if "base" in own else revision),
+        auto_class=task.auto_class,
+        offline=config.offline,
+        max_length=config.data.max_length,
+        **task.model_kwargs(),
+    )
+    if adapter is None and loaded.missing:
+        raise UserError(
+            f"checkpoint={folder} has no trained head for this task: {', '.join(loaded.missing[:3])}",
+            hint="evaluate a run, an adapter, or a folder that dora-merge wrote",
+        )
+    if adapter is not None:
+        apply_adapter(loaded.model, adapter)
+        absent = set(loaded.missing) - set(adapter.head) - set(adapter.replaced)
+        if absent:
+            raise UserError(
+                f"neither the base nor the adapter has {', '.join(sorted(absent)[:3])}",
+                where=f"base {name}, adapter {adapter.folder}",
+                hint="give the base that the adapter was trained on, with base=",
+            )
+    return loaded.model, loaded.tokenizer
+
+
+def _write(
+    own: Mapping[str, str],
+    folder: Path,
+    split: str,
+    metrics: dict[str, float],
+    predictions: list[Any],
+    data: DataConfig,
+) -> None:
+    out = Path(own["out"]).expanduser() if "out" in own else folder if folder.is_dir() else Path("eval") / folder.name
+    out.mkdir(parents=True, exist_ok=True)
+    record = {
+        "checkpoint": own["checkpoint"],
+        "split": split,
+        "data": data.path or data.name,
+        "rows": len(predictions),
+        "metrics": metrics,
+    }
+    atomic_write_text(out / f"eval-{split}.json", json.dumps(record, indent=2) + "\n")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    atomic_write_text(out / f"predictions-{split}.jsonl", lines)
+    print(f"{split}: {len(predictions):,} rows  " + "  ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+    print(f"written to {out / f'eval-{split}.json'} and {out / f'predictions-{split}.jsonl'}")

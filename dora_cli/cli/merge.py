@@ -1,0 +1,93 @@
+"""``dora-merge``: an adapter and its base in, a plain transformers folder out."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dora_cli.cli.run import guard, split_flags
+from dora_cli.errors import UserError
+from dora_cli.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from dora_cli.checkpoints.merge import MergeReport
+
+REQUIRED = ("checkpoint", "out")
+KEYS = (*REQUIRED, "base", "dtype", "shard_size")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    return guard(merge, argv)
+
+
+def merge(argv: list[str]) -> int:
+    """Answer help and mistyped keys at once, then load what is slow and merge."""
+    arguments = split_flags(argv, ("-h", "--help", "--version"))
+    if arguments.version:
+        from dora_cli import __version__
+
+        print(f"dora-cli {__version__}")
+        return 0
+    if arguments.help:
+        from dora_cli.cli.help import merge_help
+
+        print(merge_help())
+        return 0
+    options = parse(arguments.overrides)
+    from dora_cli.checkpoints.merge import merge as merge_files
+
+    print(describe(merge_files(options.pop("checkpoint"), options.pop("out"), **options)))
+    return 0
+
+
+def parse(words: Sequence[str]) -> dict[str, str]:
+    """``key=value`` words as a dictionary; a value may hold anything, ``=`` too. An empty or ``null`` value is none.
+
+    Raises:
+        UserError: a word that is no ``key=value``, an unknown or repeated key, or a required one missing.
+    """
+    options: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key not in KEYS:
+            raise UserError(f"unknown key '{key}'", hint=did_you_mean(key, KEYS))
+        if not equals:
+            raise UserError(f"'{word}' has no value", hint=f"write {word}=VALUE")
+        if key in options:
+            raise UserError(f"{key} is given twice", where=f"{key}={options[key]} and {word}")
+        options[key] = value
+    options = {key: value for key, value in options.items() if value not in ("", "null")}
+    if missing := [key for key in REQUIRED if key not in options]:
+        raise UserError(f"{missing[0]}= is missing", hint="dora-merge checkpoint=RUN_OR_ADAPTER out=DIR")
+    return options
+
+
+def describe(report: "MergeReport") -> str:
+    """What was merged, in a few lines of at most 80 columns, paths apart."""
+    adapted = [rank for rank in report.ranks.values() if rank]
+    lines = [
+        f"merged {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s, {_count(report.shards, 'file')}",
+        f"  base     {report.base}",
+    ]
+    if adapted:
+        ranks = f"rank {min(adapted)}" if len(set(adapted)) == 1 else f"ranks {min(adapted)} to {max(adapted)}"
+        lines.append(f"  adapter  {_count(len(adapted), 'module')}, {ranks}, {_count(sum(adapted), 'component')}")
+    if report.head:
+        lines.append(f"  as trained  {_count(len(report.head), 'parameter')} ({_few(report.head)})")
+    if report.left_out:
+        lines.append(
+            f"  left out    {_count(len(report.left_out), 'tensor')} of another head ({_few(report.left_out)})"
+        )
+    return "\n".join([*lines, f"  out      {report.out}"])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return names[0] + (", …" if len(names) > 1 else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""``dora-train`` up to the point where training starts, through the real entry and the real parts."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dora_cli.cli import train as command
+from dora_cli.cli.parts import TABLES, load_parts
+from dora_cli.config.compose import compose
+from dora_cli.config.recipes import PART_GROUPS, choices, recipes_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = list(choices("recipe", [recipes_dir()]))
+METHODS = list(choices("method", [recipes_dir()]))
+PAIRS = list(choices("tuned", [recipes_dir()]))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return load_parts()
+
+
+def dora_train(*argv, cwd):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-m", "dora_cli.cli.train", *argv]
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+def test_the_eight_glue_recipes_are_there():
+    tasks = {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"}
+    assert {f"glue_{task}" for task in tasks} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes(parts, recipe):
+    run = compose([f"recipe={recipe}"], parts)
+    assert run.recipe == recipe
+    assert set(run.parts) == set(PART_GROUPS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_composes_and_all_its_options_are_read(parts, method):
+    """An option that a method's own file sets and its own part does not read would be dropped in silence."""
+    run = compose(["recipe=glue_sst2", f"method={method}"], parts)
+    text = (recipes_dir() / "method" / f"{method}.yaml").read_text()
+    own = {f"{g}.{o}" for g, options in yaml.safe_load(text).items() if g in PART_GROUPS for o in options}
+    dropped = {line.split("=")[0] for line in run.dropped}
+    assert not own & dropped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_tuned_pair_composes_and_all_its_options_are_read(parts, pair):
+    data, method = pair.rsplit("/", 1)
+    run = compose(["recipe=glue_sst2", f"data={data}", f"method={method}"], parts)
+    assert {line.split("=")[0] for line in run.dropped} <= {"adapter.rank"}  # the recipe's, where no rank is read
+
+
+def test_groups_offer_exactly_the_parts_that_there_are():
+    for group, table in TABLES.items():
+        assert set(choices(group, [recipes_dir()])) == set(table)
+
+
+def test_yaml_files_are_described_and_names_match():
+    for path in recipes_dir().rglob("*.yaml"):
+        group = path.relative_to(recipes_dir()).parts[0]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if group in ("recipe", "method", "tuned"):
+            assert lines[0] == "# @package _global_", path
+            assert lines[1].startswith("# "), path
+        if group in PART_GROUPS:
+            assert yaml.safe_load("\n".join(lines)) == {"name": path.stem}
+            assert lines[0].startswith("# "), path
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["recipe=glue_sst2", "+typo=1"], "unknown key 'typo'"),
+        (["recipe=glue_sst2", "shedule.start=0.2"], "did you mean 'schedule.start'"),
+        (["recipe=glue_sst2", "schedule.exponent=2"], "is read by power"),
+        (["recipe=typo.yaml"], "typo.yaml, line 3"),
+    ],
+)
+def test_mistakes_exit_with_two_and_leave_no_folder(tmp_path, argv, message):
+    (tmp_path / "typo.yaml").write_text("# @package _global_\n# A typo.\nsede: 3\n")
+    done = dora_train(*argv, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == ["typo.yaml"]
+
+
+def test_what_was_composed_is_handed_to_the_run(monkeypatch):
+    import dora_cli.cli.train_run as train_run
+
+    seen = []
+    monkeypatch.setattr(train_run, "run", lambda composed: seen.append(composed) or 7)
+    assert command.main(["recipe=glue_sst2", "budget=0.1", "out=x"]) == 7
+    assert (seen[0].recipe, seen[0].config.budget, seen[0].config.out) == ("glue_sst2", 0.1, "x")
+
+
+def test_m_sweeps(monkeypatch):
+    import dora_cli.cli.sweep as sweep
+
+    seen = []
+    monkeypatch.setattr(sweep, "sweep", lambda *arguments: seen.append(arguments) or 3)
+    assert command.main(["recipe=glue_sst2", "-m", "seed=1,2"]) == 3
+    assert seen == [(["recipe=glue_sst2", "seed=1,2"], [])]
+
+
+def test_cheap_rooms_import_nothing_slow():
+    for path in [*ROOT.glob("dora_cli/config/*.py"), *ROOT.glob("dora_cli/cli/*.py")]:
+        if path.stem in ("run", "help", "sweep", "train", "parts") or path.parent.name == "config":
+            imports = re.findall(r"^(?:from|import) (torch|transformers|datasets)\b", path.read_text(), re.MULTILINE)
+            assert not imports, path
