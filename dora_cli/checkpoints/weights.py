@@ -20,7 +20,7 @@ from dora_cli.checkpoints.safetensors_io import (
     write_from,
 )
 
-BLOCK = 1 << 19  # numbers per block: what a block touches stays in the processor's caches
+BLOCK = 1 << 18  # numbers per block: read, widened and written, it stays in a core's cache
 
 Change = Callable[[Tensor, slice], Tensor]
 

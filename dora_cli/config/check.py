@@ -10,7 +10,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dora_cli.config.schema import PART_GROUPS, Config
+from dora_cli.config.recipes import GROUPS
+from dora_cli.config.schema import Config
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean, near
 
@@ -58,12 +59,14 @@ def find_key(name: str, keys: Mapping[str, Key], where: str | None = None) -> Ke
         return Key(name, str)
     if parent:
         raise UserError(f"'{name}': {parent.name} is {describe(parent.hint)} and has no keys below it", where=where)
-    section = name + "."
-    if any(k.startswith(section) for k in keys):
-        hint = "it has " + ", ".join(k for k in keys if k.startswith(section))
-        if name in PART_GROUPS:
-            hint = f"choose it by {name}=NAME, or '- override /{name}: NAME' under defaults"
-        raise UserError(f"'{name}' is a group of keys, not a value", where=where, hint=hint)
+    if name.split(".")[0] == "hydra":
+        raise UserError(f"'{name}' is Hydra's own key", where=where, hint="the run folder is out, and -m runs a sweep")
+    if name in GROUPS:
+        hint = f"in a file write '- override /{name}: NAME' under defaults, on the command line {name}=NAME"
+        raise UserError(f"'{name}' is chosen by name", where=where, hint=hint)
+    section = [k for k in keys if k.startswith(name + ".")]
+    if section:
+        raise UserError(f"'{name}' is a group of keys, not a value", where=where, hint="it has " + ", ".join(section))
     raise unknown_key(name, keys, where)
 
 
@@ -93,6 +96,11 @@ def check_type(key: Key, value: Any, where: str | None = None) -> None:
         UserError: naming key, value and what is expected.
     """
     if isinstance(value, str) and "${" in value:
+        try:
+            OmegaConf.create([value])
+        except OmegaConfBaseException:
+            hint = "${ begins an interpolation such as ${seed}; for the characters themselves write \\${"
+            raise UserError(f"cannot read {key.name}={value}", where=where, hint=hint) from None
         return
     kinds = _alternatives(key.hint)
     if Any in kinds:
@@ -153,7 +161,9 @@ def show(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
-        return "[" + ", ".join(show(v) for v in value) + "]"
+        return "[" + ", ".join(map(show, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{show(k)}: {show(v)}" for k, v in value.items()) + "}"
     return str(value)
 
 
@@ -178,12 +188,12 @@ def check_range(key: Key, value: Any, where: str | None = None) -> None:
         raise UserError(f"{shown} is not a finite number", where=where)
     limits = [
         ("low", value >= meta.get("low", value), "{} or more"),
-        ("above", value > meta.get("above", -math.inf), "more than {}"),
+        ("above", value > meta.get("above", -math.inf), "above {}"),
         ("high", value <= meta.get("high", value), "{} or less"),
-        ("below", value < meta.get("below", math.inf), "less than {}"),
+        ("below", value < meta.get("below", math.inf), "below {}"),
     ]
     if not all(holds for _, holds, _ in limits):
-        rule = " and ".join(text.format(f"{meta[name]:g}") for name, _, text in limits if name in meta)
+        rule = " and ".join(text.format(meta[name]) for name, _, text in limits if name in meta)
         raise UserError(f"{shown} is out of range", where=where, hint=f"it must be {rule}")
     share_or_steps = {int, float} <= set(_alternatives(key.hint))
     if share_or_steps and isinstance(value, float) and value > 1 and not value.is_integer():

@@ -136,6 +136,9 @@ class Composition:
 
     def _check_defaults(self) -> None:
         """Hydra's answers to a recipe that chooses in the wrong form, or what there is not, name no line."""
+        packages = set(re.findall(r"^\s*#\s*@package\s+(\S+)", self.recipe.source.text, re.MULTILINE))
+        if packages - {"_global_"}:
+            raise UserError(f"line 1 must be '{HEADER}'", where=place(self.recipe.source.path, 1))
         for key, name, where in self.recipe.source.defaults:
             group = group_of(key)
             if group not in GROUPS or key == name:

@@ -20,7 +20,7 @@ from dora_cli.config.recipes import GROUPS, choices
 from dora_cli.errors import UserError
 
 PATH_KEYS = ("out", "data.path", "adapter.init_from")
-NAME = re.compile(r"[A-Za-z_][\w.\-]*")
+NAME = re.compile(r"[A-Za-z_][\w/-]*(\.[A-Za-z_][\w-]*)*", re.ASCII)
 SIMPLE = re.compile(r"[A-Za-z_][\w./-]*")
 
 
@@ -42,7 +42,6 @@ def parse(arguments: Iterable[str], keys: Mapping[str, Key]) -> list[Override]:
     parsed: dict[str, Override] = {}
     for argument in arguments:
         key, text = split(argument)
-        parsed.pop(key, None)
         if key in GROUPS:
             parsed[key] = _choice(key, text)
             continue
@@ -67,12 +66,10 @@ def split(argument: str) -> tuple[str, str]:
         guess = f"did you mean recipe={argument}?" if argument.endswith((".yaml", ".yml")) else "write key=value"
         raise UserError(f"'{argument}' is not key=value", hint=guess)
     name = re.sub(r"^\+{1,2}", "", key).strip()
-    if name.startswith(("hydra.", "hydra/")):
-        raise UserError(f"'{name}' is Hydra's own key", hint="the run folder is out=DIR, and -m runs a sweep")
     if not NAME.fullmatch(name):
         raise UserError(f"cannot read '{argument}'", hint="write key=value, for example train.epochs=3")
     if not text.strip():
-        raise UserError(f"{name}= has no value", hint=f"write {name}=null for none")
+        raise UserError(f"{name}= has no value", hint=None if name in GROUPS else f"write {name}=null for none")
     return name, text
 
 

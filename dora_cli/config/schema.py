@@ -81,7 +81,7 @@ class SaveConfig:
 @dataclass
 class Config:
     budget: Any = key(None, "what is left at the end: a share (0.1), parameters (340k), an average rank (r4)")
-    seed: int = key(1, "seed of everything random", low=0)
+    seed: int = key(1, "seed of everything random", low=0, high=2**32 - 1)
     out: str | None = key(None, "run folder; null: runs/RECIPE/METHOD-bBUDGET-sSEED")
     resume: bool = key(False, "go on from the newest whole checkpoint in out")
     overwrite: bool = key(False, "replace a finished run in out")

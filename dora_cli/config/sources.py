@@ -59,6 +59,8 @@ def read(path: Path) -> Source:
         values = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if node else {}
     except yaml.YAMLError as error:
         raise _malformed(path, error) from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     assert isinstance(values, dict)
@@ -81,7 +83,9 @@ def _leaves(path: Path, node: yaml.MappingNode, values: dict[Any, Any], prefix: 
     for position, (key, value) in enumerate(values.items()):
         key_node, value_node = node.value[position] if aligned else (node, None)
         where = place(path, key_node.start_mark.line + 1)
-        if "." in str(key):
+        if not isinstance(key, str):
+            raise UserError(f"the key '{prefix}{key}' is not text", where=where, hint="write it in quotes")
+        if "." in key:
             raise UserError(f"'{prefix}{key}' has a dot in it", where=where, hint="write one key below the other")
         if isinstance(value, dict) and value:
             if not isinstance(value_node, yaml.MappingNode):

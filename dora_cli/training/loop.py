@@ -63,7 +63,7 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
         norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm) if config.clip_norm else None
         session.optimizer.step()
         event = session.allocation.after_step(step, session.optimizer)
-        learning_rate = session.scheduler.get_last_lr()[0]
+        learning_rate = float(session.scheduler.get_last_lr()[0])
         session.scheduler.step()
         session.optimizer.zero_grad(set_to_none=True)
         progress.step = step

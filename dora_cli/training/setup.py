@@ -160,7 +160,7 @@ def build(composed: Composed) -> Session:
     layers = inject(model, list(wrapped), parts["adapter"], list(wrapped.values()))
     model.to(device)
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
 
     plan = LengthGroupedBatches(encoded["train"].lengths, config.train.batch_size, config.seed)
     steps_per_epoch = ceil(len(plan) / config.train.accumulation)
@@ -198,6 +198,12 @@ def build(composed: Composed) -> Session:
         steps_per_epoch=steps_per_epoch,
         plan=plan,
     )
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass; transformers renamed the switch in 5.23."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _budget(composed: Composed) -> Budget | None:

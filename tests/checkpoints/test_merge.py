@@ -97,7 +97,7 @@ def test_blocks_of_rows_change_nothing(make_case: MakeCase, tmp_path: Path, monk
         torch.testing.assert_close(blocks[name], tensor, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("block", [1 << 19, 37])
+@pytest.mark.parametrize("block", [1 << 18, 37])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_weight_decomposed_rows_get_the_magnitude_as_norm(
     transposed: bool, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -159,6 +159,11 @@ train:
 
 
 @pytest.fixture
+def parts() -> dict[str, dict[str, type]]:
+    return PARTS
+
+
+@pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's folder; the working directory is an empty one beside it."""
     folder = tmp_path / "library"

@@ -1,11 +1,30 @@
 """Values as a shell hands them over: paths, equals signs, commas, quotes, and sweeps."""
 
+import contextlib
+
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dora_cli.config.check import known_keys
-from dora_cli.config.overrides import parse_sweep
+from dora_cli.config.compose import root_schema
+from dora_cli.config.overrides import parse, parse_sweep
 from dora_cli.config.schema import Config
 from dora_cli.errors import UserError
+
+
+@pytest.fixture
+def value_of(parts):
+    """What ``key=text`` comes to, and that Hydra reads the line handed to it as the same."""
+    keys = known_keys(root_schema(parts))
+
+    def read(argument):
+        (override,) = parse([argument], keys)
+        assert OverridesParser.create().parse_override(override.line).value() == override.value
+        return override.value
+
+    return read
 
 
 @pytest.mark.parametrize(
@@ -31,11 +50,17 @@ from dora_cli.errors import UserError
         ("data.config", "2024-01"),
     ],
 )
-def test_text_arrives_as_typed(composed, key, text):
-    value = composed("recipe=toy", f"{key}={text}").config
-    for name in key.split("."):
-        value = value[name] if isinstance(value, dict) else getattr(value, name)
-    assert value == text
+def test_text_arrives_as_typed(value_of, key, text):
+    assert value_of(f"{key}={text}") == text
+
+
+def test_text_arrives_in_the_configuration(composed):
+    run = composed(
+        "recipe=toy", r"data.path=C:\a=b, c\x.csv", "model.name=package://a/b", "data.columns.text=my column"
+    )
+    assert run.config.data.path == r"C:\a=b, c\x.csv"
+    assert run.config.model.name == "package://a/b"
+    assert run.config.data.columns["text"] == "my column"
 
 
 @pytest.mark.parametrize(
@@ -49,24 +74,24 @@ def test_text_arrives_as_typed(composed, key, text):
         ("'a,b'", "a,b"),
     ],
 )
-def test_targets_may_be_a_suffix_a_regex_or_a_list(composed, text, value):
-    assert composed("recipe=toy", f"adapter.targets={text}").parts["adapter"].targets == value
+def test_targets_may_be_a_suffix_a_regex_or_a_list(value_of, text, value):
+    assert value_of(f"adapter.targets={text}") == value
 
 
 @pytest.mark.parametrize(
     ("text", "value"), [("0.1", 0.1), ("340k", "340k"), ("r4", "r4"), ("1e5", 1e5), ("null", None)]
 )
-def test_a_budget_keeps_its_form(composed, text, value):
-    assert composed("recipe=toy", f"budget={text}").config.budget == value
+def test_a_budget_keeps_its_form(value_of, text, value):
+    assert value_of(f"budget={text}") == value
 
 
-def test_quotes_of_the_users_are_taken_off(composed):
-    assert composed("recipe=toy", "data.path='a b'").config.data.path == "a b"
-    assert composed("recipe=toy", 'data.config="x,y"').config.data.config == "x,y"
+def test_quotes_of_the_users_are_taken_off(value_of):
+    assert value_of("data.path='a b'") == "a b"
+    assert value_of('data.config="x,y"') == "x,y"
 
 
-def test_null_unsets_text(composed):
-    assert composed("recipe=toy", "data.config=null").config.data.config is None
+def test_null_unsets_text(value_of):
+    assert value_of("data.config=null") is None
 
 
 @pytest.mark.parametrize(
@@ -85,6 +110,8 @@ def test_several_values_for_one_run_suggest_m(refusal, override):
         ("toy", "'toy' is not key=value"),
         ("mine.yaml", "'mine.yaml' is not key=value"),
         ("=3", "cannot read '=3'"),
+        ("data.columns.=x", "cannot read 'data.columns.=x'"),
+        ("data.columns.über=x", "cannot read 'data.columns.über=x'"),
         ("a b=3", "cannot read 'a b=3'"),
         ("seed=", "seed= has no value"),
         ("data@x=glue/toy", "cannot read 'data@x=glue/toy'"),
@@ -104,13 +131,11 @@ def test_sweeps_are_lists_ranges_and_choices():
     assert axes == {"budget": ["0.1", "r4"], "seed": ["1", "2", "3"], "train.epochs": ["1", "2.5"]}
 
 
-def test_swept_text_survives_the_second_command_line(composed):
+def test_swept_text_survives_the_second_command_line(value_of):
     _, axes = sweep(r"data.path=/a=b/x y.csv,C:\d\e.csv,it's.csv", "adapter.targets=[a,b],'x,y'")
-    paths = [composed("recipe=toy", f"data.path={value}").config.data.path for value in axes["data.path"]]
+    paths = [value_of(f"data.path={value}") for value in axes["data.path"]]
     assert paths == ["/a=b/x y.csv", r"C:\d\e.csv", "it's.csv"]
-    targets = [
-        composed("recipe=toy", f"adapter.targets={value}").parts["adapter"].targets for value in axes["adapter.targets"]
-    ]
+    targets = [value_of(f"adapter.targets={value}") for value in axes["adapter.targets"]]
     assert targets == [["a", "b"], "x,y"]
 
 
@@ -133,3 +158,22 @@ def test_glob_chooses_among_the_files_of_a_group(library):
 def test_an_interval_has_no_list_of_values():
     with pytest.raises(UserError, match="no list of values"):
         sweep("train.learning_rate=interval(0,1)")
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(min_size=1))
+def test_any_text_for_a_path_arrives_or_is_refused_in_our_words(value_of, text):
+    """Quotes around the whole and null have a meaning; everything else is the text."""
+    try:
+        value = value_of(f"data.path={text}")
+    except UserError:
+        assert not text.strip()
+    else:
+        assert value == text or text[0] == text[-1] in "'\"" or text.lower() == "null"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["budget", "adapter.targets", "data.labels", "seed", "method"]), st.text())
+def test_no_value_raises_anything_but_our_own_error(parts, key, text):
+    with contextlib.suppress(UserError):
+        parse([f"{key}={text}"], known_keys(root_schema(parts)))

@@ -80,17 +80,22 @@ def test_keys_are_not_removed(refusal):
 
 @pytest.mark.parametrize("override", ["hydra.run.dir=x", "hydra/launcher=joblib", "+hydra.job.chdir=true"])
 def test_hydras_own_keys_are_refused(refusal, override):
-    assert "Hydra's own" in refusal("recipe=toy", override).message
+    assert refusal("recipe=toy", override).message == f"'{override.lstrip('+').split('=')[0]}' is Hydra's own key"
 
 
 def test_hydras_own_keys_are_refused_in_a_file(refusal):
-    assert "hydra.run.dir" in refusal(recipe("hydra:\n  run:\n    dir: x\n")).message
+    error = refusal(recipe("hydra:\n  run:\n    dir: x\n"))
+    assert error.message == "'hydra.run.dir' is Hydra's own key" and error.where == "in mine.yaml, line 7"
 
 
 def test_a_section_is_not_a_value(refusal):
     assert "group of keys" in refusal("recipe=toy", "train=3").message
-    error = refusal(recipe("adapter: lora\n"))
-    assert "override /adapter" in error.hint and error.where == "in mine.yaml, line 5"
+
+
+@pytest.mark.parametrize("line", ["adapter: lora", "method: dora", "model: tiny"])
+def test_a_choice_written_as_a_value_says_the_right_form(refusal, line):
+    error = refusal(recipe(line + "\n"))
+    assert f"'- override /{line.split(':')[0]}: NAME'" in error.hint and error.where == "in mine.yaml, line 5"
 
 
 def test_an_empty_section_is_refused_with_its_line(refusal):
@@ -244,7 +249,7 @@ def test_wrong_values_are_refused_from_a_file_with_its_line(refusal, section, li
 
 
 def test_a_range_is_said(refusal):
-    assert refusal("recipe=toy", "data.holdout=2").hint == "it must be more than 0 and less than 1"
+    assert refusal("recipe=toy", "data.holdout=2").hint == "it must be above 0.0 and below 1.0"
     assert refusal("recipe=toy", "train.batch_size=0").hint == "it must be 1 or more"
 
 
@@ -266,6 +271,11 @@ def test_a_number_without_a_point_reads_as_a_number(composed):
 def test_a_value_that_an_interpolation_brings_is_checked_too(refusal):
     assert "is out of range" in refusal("recipe=toy", "train.workers=-3", "train.batch_size=${train.workers}").message
     assert "cannot resolve" in refusal(recipe("train:\n  batch_size: ${nowhere}\n")).message
+
+
+def test_an_interpolation_that_does_not_end_is_refused(refusal):
+    error = refusal("recipe=toy", "data.path=${x")
+    assert error.message == "cannot read data.path=${x" and error.where is None
 
 
 def test_no_model_is_said(refusal, library):
@@ -323,6 +333,7 @@ def test_a_rule_of_the_parts_own_gets_the_files_line(refusal):
         ("data:\n  name: a: b\n", "malformed YAML", 6),
         ("seed: !!python/object/apply:os.system [ls]\n", "malformed YAML", 5),
         ("---\nseed: 1\n", "malformed YAML", 5),
+        ("data:\n  columns:\n    on: a\n", "the key 'data.columns.True' is not text", 7),
     ],
 )
 def test_malformed_yaml_names_file_and_line(refusal, text, message, line):
@@ -348,6 +359,16 @@ def test_a_file_that_is_not_text_is_refused(refusal, library):
     assert "not UTF-8" in refusal("recipe=mine.yaml").message
     (library / "data" / "glue" / "toy.yaml").write_bytes(b"name: \xe9\n")
     assert "not UTF-8" in refusal("recipe=toy").message
+
+
+def test_a_file_that_is_nested_without_end_is_refused(refusal):
+    Path("mine.yaml").write_text("a: " + "[" * 5000)
+    assert "nested too deeply" in refusal("recipe=mine.yaml").message
+
+
+def test_a_recipe_with_another_package_is_refused(refusal):
+    Path("mine.yaml").write_text("# @package train\nepochs: 3\n")
+    assert "# @package _global_" in refusal("recipe=mine.yaml").message
 
 
 @pytest.mark.parametrize("defaults", ["defaults: 3", "defaults: {a: b}", "defaults: [{a: b, c: d}]", "defaults: [[a]]"])

@@ -79,10 +79,16 @@ def test_a_length_without_room_for_text_is_refused(tokenizer, pairs, least):
         encode(tokenizer, ["w1"], pairs, max_length=least - 1)
 
 
-def test_a_tokenizer_without_separator_gets_one_between_two_texts(plain_tokenizer):
-    # this tokenizer splits at white space only: glued texts would be one unknown word
-    encoded = encode(plain_tokenizer, ["w1"], ["w2"])
-    assert encoded[0]["input_ids"].tolist() == [6, 7]
+def test_a_tokenizer_without_separator_gets_a_line_break_between_two_texts(tokenizer):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "w1": 1, "w2": 2, "\n": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(" |\n"), "isolated")
+    plain = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]", eos_token="[UNK]")
+    assert encode(plain, ["w1"], ["w2"])[0]["input_ids"].tolist() == [1, 3, 2]
+    assert encode(plain, ["w1"])[0]["input_ids"].tolist() == [1]
+    assert encode(tokenizer, ["w1"], ["w2"])[0]["input_ids"].tolist() == [2, 6, 3, 7, 3]  # has its own
 
 
 def test_a_text_without_tokens_still_has_one(plain_tokenizer):

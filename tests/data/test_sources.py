@@ -188,9 +188,11 @@ def test_path_beats_name(choose, folder):
 
 
 def test_offline_never_opens_a_connection(choose, monkeypatch):
+    import datasets
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
     def connect(*_):
         raise AssertionError("reached for the network")

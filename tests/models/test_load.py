@@ -68,8 +68,12 @@ def test_a_head_that_the_checkpoint_has_is_kept_and_still_trained(save_base, tmp
     assert torch.equal(again.model.classifier.weight, first.model.classifier.weight)
 
 
-def test_a_language_model_head_is_no_task_head(save_base):
-    assert load(save_base("llama"), auto_class="AutoModelForCausalLM").head_modules == ["lm_head"]
+def test_a_language_model_head_is_no_task_head(save_base, tmp_path):
+    lacking = load(save_base("llama"), auto_class="AutoModelForCausalLM")
+    assert lacking.head_modules == ["lm_head"]
+    lacking.model.save_pretrained(tmp_path / "whole")
+    lacking.tokenizer.save_pretrained(tmp_path / "whole")
+    assert load(tmp_path / "whole", auto_class="AutoModelForCausalLM").head_modules == []
     gpt2 = load(save_base("gpt2", folder="gpt2"), auto_class="AutoModelForCausalLM")  # tied to the embedding
     assert gpt2.missing == [] and gpt2.head_modules == []
 

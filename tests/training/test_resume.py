@@ -1,0 +1,149 @@
+"""An interrupted run goes on to the very same weights, metrics and ranks."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dora_cli.cli import train_run
+
+Train = Callable[..., int]
+TIMES = ("samples_per_second",)  # all else in metrics.jsonl must be equal
+
+
+class Unplugged(BaseException):
+    """The plug is pulled right after a checkpoint."""
+
+
+def unplug_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    real = train_run.save_checkpoint
+
+    def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
+        path = real(folder, at, *args, **kwargs)
+        if at == step:
+            raise Unplugged
+        return path
+
+    monkeypatch.setattr(train_run, "save_checkpoint", save)
+
+
+def outcome(run: Path) -> tuple[list[dict[str, Any]], Any, dict[str, torch.Tensor], dict[str, Any]]:
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in metrics:
+        for key in TIMES:
+            record.pop(key, None)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["train"] = {k: summary["train"][k] for k in ("steps", "samples", "tokens")}
+    return (
+        metrics,
+        json.loads((run / "ranks.json").read_text()),
+        load_file(run / "adapter/adapter_model.safetensors"),
+        summary,
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "step"),
+    [
+        *(("dora", s) for s in (7, 14, 28, 35)),
+        ("dora_official", 28),
+        ("adalora", 21),
+        ("lora", 14),
+        ("alora", 14),
+        ("aflora", 14),
+        ("full", 14),
+    ],
+)
+def test_resuming_gives_the_same_bits(
+    method: str, step: int, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"method={method}", "train.max_steps=40", "train.save_every=7", "train.eval_every=10", "train.log_every=4"]
+    words += ["train.head_learning_rate=0.005"]
+    if method != "full":
+        words += ["budget=r2", "adapter.rank=4"] if method != "aflora" else ["budget=r2"]
+    if method in ("dora", "adalora"):
+        words += ["allocator.interval=3", "allocator.revive=false"]
+    assert dora_train(*words, f"out={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        unplug_after(patch, step)
+        with pytest.raises(Unplugged):
+            dora_train(*words, f"out={tmp_path}/cut")
+    assert not (tmp_path / "cut/summary.json").exists()
+    assert dora_train(*words, f"out={tmp_path}/cut", "resume=true") == 0
+    metrics, ranks, tensors, summary = outcome(tmp_path / "whole")
+    metrics2, ranks2, tensors2, summary2 = outcome(tmp_path / "cut")
+    assert metrics == metrics2
+    assert ranks == ranks2
+    assert tensors.keys() == tensors2.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, tensors2[name]), name
+    assert summary == summary2
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["method=lora", "budget=r1", "train.max_steps=20", "train.save_every=5"]
+    with monkeypatch.context() as patch:
+        unplug_after(patch, 10)
+        with pytest.raises(Unplugged):
+            dora_train(*words)
+    newest = tmp_path / "run/checkpoints/step-00000010/optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    assert dora_train(*words, "resume=true") == 0
+    text = capsys.readouterr().out
+    assert "step-00000010" in text
+    assert "resuming from" in text
+    assert "step-00000005" in text
+
+
+def test_another_configuration_is_refused_and_logging_keys_are_free(
+    dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["method=lora", "budget=r1", "train.max_steps=12", "train.save_every=5"]
+    with monkeypatch.context() as patch:
+        unplug_after(patch, 5)
+        with pytest.raises(Unplugged):
+            dora_train(*words)
+    assert dora_train(*words, "train.learning_rate=0.02", "resume=true") == 2
+    assert "train.learning_rate" in capsys.readouterr().err
+    assert dora_train(*words) == 2
+    assert "interrupted" in capsys.readouterr().err
+    assert dora_train(*words, "train.log_every=3", "train.keep_last=1", "resume=true") == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on_from_there(
+    number: signal.Signals, code: int, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["budget=r1", "adapter.rank=2", "train.max_steps=20", "train.save_every=100", "train.log_every=1"]
+    real = train_run._Run._log
+
+    def log_then_signal(self: Any, record: dict[str, Any]) -> None:
+        real(self, record)
+        if record["step"] == 6:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_run._Run, "_log", log_then_signal)
+        assert dora_train(*words) == code
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000006"]
+    assert signal.getsignal(number) is not None
+    assert dora_train(*words, "resume=true") == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["train"]["steps"] == 20
+
+
+def test_resume_without_anything_to_resume_starts(dora_train: Train, tmp_path: Path) -> None:
+    assert dora_train("method=lora", "budget=r1", "train.max_steps=2", "resume=true") == 0
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_old_checkpoints_go_and_the_newest_stay(dora_train: Train, tmp_path: Path) -> None:
+    assert dora_train("method=lora", "budget=r1", "train.max_steps=20", "train.save_every=3", "train.keep_last=2") == 0
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000015", "step-00000018"]

@@ -1,0 +1,219 @@
+"""The whole command: every method trains, prunes to its count, exports, and evaluates to the same numbers."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+Train = Callable[..., int]
+SHRINKING = ["dora", "dora_official", "dora_paper", "adalora"]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", SHRINKING)
+def test_shrinking_methods_count_by_the_schedule_and_end_on_budget(method: str, dora_train: Train, tmp_path: Path) -> None:
+    assert dora_train(f"method={method}", "budget=0.25", "adapter.rank=4", "allocator.interval=3") == 0
+    run = tmp_path / "run"
+    summary, events = summary_of(run), json.loads((run / "ranks.json").read_text())
+    assert summary["budget"]["components_start"] == 12 * 4  # 6 linear layers in each of 2 transformer layers
+    assert summary["budget"]["components_end"] == 12 == sum(summary["ranks"].values())
+    assert len(summary["ranks"]) == 12
+    total = summary["train"]["steps"]
+    start, end = math.floor(0.15 * total), math.floor(0.5 * total)
+    for event in events:
+        assert event["alive"] == sum(event["ranks"].values())
+        if method != "dora_official":
+            assert event["alive"] == event["budget"]
+        if method in ("dora", "dora_paper"):
+            x = (event["step"] - start) / (end - start)
+            assert event["budget"] == 12 + round(36 * (1 - x**3))
+    final_step = max(event["step"] for event in events)
+    assert events[-1]["alive"] == 12
+    assert summary["best"]["step"] >= final_step, "before the final choice more than the budget is alive"
+
+
+def test_a_static_method_spreads_the_same_budget(dora_train: Train, tmp_path: Path) -> None:
+    assert dora_train("method=lora", "budget=r2.5") == 0
+    ranks = list(summary_of(tmp_path / "run")["ranks"].values())
+    assert ranks == [3] * 6 + [2] * 6
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head", "alora", "aflora"])
+def test_the_other_methods_learn_too(method: str, dora_train: Train, tmp_path: Path) -> None:
+    options = ["train.learning_rate=3e-3"] if method == "full" else []
+    budget = [] if method in ("full", "head") else ["budget=r2"]
+    assert dora_train(f"method={method}", *budget, "train.epochs=8", *options) == 0
+    run = tmp_path / "run"
+    summary = summary_of(run)
+    first = next(r["loss"] for r in metrics_of(run) if r["split"] == "train")
+    last = [r["loss"] for r in metrics_of(run) if r["split"] == "train"][-1]
+    assert last < first
+    if method in ("full", "head"):
+        assert summary["budget"]["requested"] is None
+    if method == "alora":
+        assert sum(summary["ranks"].values()) == 24
+        assert len(set(summary["ranks"].values())) > 1, "no rank has moved"
+    if method == "aflora":
+        events = json.loads((run / "ranks.json").read_text())
+        assert events[-1]["alive"] == 0, "at the end of its schedule every projection is frozen"
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora", "lora", "full", "head", "aflora"])
+def test_eval_of_run_adapter_and_merged_gives_the_runs_numbers(method: str, dora_train: Train, tmp_path: Path) -> None:
+    from dora_cli.cli.eval import main as dora_eval
+    from dora_cli.cli.merge import main as dora_merge
+
+    budget = [] if method in ("full", "head") else ["budget=r1", "adapter.rank=4"]
+    assert dora_train(f"method={method}", *budget, "train.epochs=3") == 0
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    expected = summary_of(run)["metrics"]["validation"]
+    assert dora_merge([f"checkpoint={run}", f"out={merged}"]) == 0
+    config = f"recipe={run}/config.yaml"
+    for checkpoint, extra in ((run, []), (run / "adapter", []), (merged, [config])):
+        out = tmp_path / f"eval-{checkpoint.name}"
+        assert dora_eval([f"checkpoint={checkpoint}", f"out={out}", *extra]) == 0
+        record = json.loads((out / "eval-validation.json").read_text())
+        assert record["metrics"]["accuracy"] == expected["accuracy"]
+        assert record["metrics"]["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        rows = [json.loads(line) for line in (out / "predictions-validation.jsonl").read_text().splitlines()]
+        assert len(rows) == 32
+        right = sum(row["prediction"] == row["reference"] for row in rows)
+        assert right / 32 == pytest.approx(expected["accuracy"], abs=1e-6)
+
+
+def test_accumulation_changes_nothing_but_rounding(dora_train: Train, tmp_path: Path) -> None:
+    common = ["method=lora", "budget=r2", "adapter.dropout=0", "train.max_steps=12", "train.log_every=1"]
+    common += ["data.max_train_samples=96"]
+    assert dora_train(*common, "train.batch_size=8", f"out={tmp_path}/a") == 0
+    assert dora_train(*common, "train.batch_size=4", "train.accumulation=2", f"out={tmp_path}/b") == 0
+    # The batches differ (rows are grouped by length within them), so compare the sums over an epoch of 12 steps.
+    a, b = (sum(r["loss"] for r in metrics_of(tmp_path / x) if r["split"] == "train") / 12 for x in "ab")
+    assert a == pytest.approx(b, rel=0.05)
+
+
+def test_gradient_checkpointing_and_bf16_train(dora_train: Train, tmp_path: Path) -> None:
+    plain = ["budget=r1", "adapter.rank=2", "train.max_steps=10", "train.log_every=1"]
+    assert dora_train(*plain, f"out={tmp_path}/plain") == 0
+    assert dora_train(*plain, "train.gradient_checkpointing=true", f"out={tmp_path}/checkpointed") == 0
+    losses = [
+        [r["loss"] for r in metrics_of(tmp_path / x) if r["split"] == "train"] for x in ("plain", "checkpointed")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert dora_train(*plain, "train.precision=bf16", f"out={tmp_path}/bf16") == 0
+    assert dora_train(*plain, f"out={tmp_path}/plain2") == 0
+    one, two = (load_file(tmp_path / x / "adapter/adapter_model.safetensors") for x in ("plain", "plain2"))
+    assert all(torch.equal(one[k], two[k]) for k in one), "the same seed gave another adapter"
+
+
+def test_early_stopping_counts_only_evaluations_after_the_final_choice(dora_train: Train, tmp_path: Path) -> None:
+    options = ["budget=r1", "adapter.rank=2", "train.max_steps=60", "train.eval_every=5", "train.patience=1"]
+    assert dora_train(*options, "train.learning_rate=1e-9") == 0  # nothing ever gets better
+    summary = summary_of(tmp_path / "run")
+    assert summary["train"]["steps"] == 35  # the final choice is at 30: its evaluation is the best, the next ends it
+    assert summary["best"]["step"] == 30
+
+
+def test_last_weights_can_be_exported_instead_of_the_best(dora_train: Train, tmp_path: Path) -> None:
+    assert dora_train("budget=r1", "adapter.rank=2", "train.max_steps=20", "save.which=last", "save.merged=true") == 0
+    summary = summary_of(tmp_path / "run")
+    method = json.loads((tmp_path / "run/adapter/method.json").read_text())
+    assert method["step"] == 20 == summary["last"]["step"]
+    assert (tmp_path / "run/merged/model.safetensors").exists()
+
+
+def test_dry_run_prints_the_plan_and_makes_nothing(
+    dora_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dora_train("budget=0.25", "adapter.rank=4", "dry_run=true") == 0
+    text = capsys.readouterr().out
+    assert "48 components" in text
+    assert "12 components" in text
+    assert not (tmp_path / "run").exists()
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["budget=r16", "adapter.rank=8"], "nothing to prune"),
+        (["budget=1.5"], "budget"),
+        (["budget=0.1"], "adapter.rank"),
+        (["budget=null"], "budget"),
+        (["budget=r1", "adapter.rank=2", "allocator.min_rank=2"], "min_rank"),
+        (["budget=r1", "adapter=lora", "regularizer=none", "importance=freezing_score"], "freezing_score"),
+        (["budget=r1", "adapter=full"], "adapter=full"),
+        (["budget=r1", "allocator=none"], "schedule"),
+        (["budget=r1", "importance=none"], "importance"),
+        (["budget=r1", "schedule=constant"], "constant"),
+        (["budget=r1", "schedule.start=0.9"], "schedule.start"),
+        (["budget=r1", "adapter.targets=[nonsense]"], "nonsense"),
+        (["budget=r1", "data.path=/nowhere"], "/nowhere"),
+        (["budget=r1", "model.name=./nowhere"], "nowhere"),
+        (["budget=r1", "train.device=cuda"], "cuda"),
+        (["budget=r1", "adapter.init_from=/nowhere"], "nowhere"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_leaves_no_folder(
+    overrides: list[str], message: str, dora_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "train.device=cuda" in overrides and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert dora_train("method=dora", *overrides) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert message in text
+    assert "Traceback" not in text
+    assert len(text.splitlines()) <= 6
+    assert not (tmp_path / "run").exists()
+
+
+def test_finished_and_foreign_folders_are_left_alone(
+    dora_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["method=lora", "budget=r1", "train.max_steps=2"]
+    assert dora_train(*short) == 0
+    before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    assert dora_train(*short) == 2
+    assert "finished" in capsys.readouterr().err
+    assert dora_train(*short, "resume=true") == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
+    (tmp_path / "run/notes.txt").write_text("mine")
+    assert dora_train(*short, "seed=2", "overwrite=true") == 0
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() != before
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.tex").write_text("…")
+    assert dora_train(*short, f"out={tmp_path}/home", "overwrite=true") == 2
+    assert [p.name for p in (tmp_path / "home").iterdir()] == ["thesis.tex"]
+
+
+def test_a_trained_adapter_can_be_the_start_of_another_method(dora_train: Train, tmp_path: Path) -> None:
+    assert dora_train("method=lora", "budget=r2", f"out={tmp_path}/first") == 0
+    reached = summary_of(tmp_path / "first")["last"]["value"]
+    options = ["method=dora", "budget=r2", "adapter.rank=3", f"adapter.init_from={tmp_path}/first"]
+    assert dora_train(*options, "train.max_steps=2", "train.learning_rate=1e-6", "train.eval_every=1") == 0
+    assert summary_of(tmp_path / "run")["metrics"]["validation"]["accuracy"] >= reached - 0.1
+
+
+def test_a_runs_configuration_repeats_it(dora_train: Train, tmp_path: Path) -> None:
+    assert dora_train("budget=r1", "adapter.rank=2", "train.max_steps=12") == 0
+    from dora_cli.cli.train import main
+
+    assert main([f"recipe={tmp_path}/run/config.yaml", f"out={tmp_path}/again"]) == 0
+    one, two = (load_file(tmp_path / x / "adapter/adapter_model.safetensors") for x in ("run", "again"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert summary_of(tmp_path / "again")["recipe"] == "text_classification"
