@@ -68,7 +68,7 @@ def merged_config(
         dtype: the file's name of the weights' type (``BF16``).
         head_shapes: parameter name → shape of what was trained in full; counts the labels where nothing else says.
     """
-    config = dict(base.config)
+    config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
     name = architecture(adapter, base)
     config["architectures"] = [name] if name else config.get("architectures")
     trained = adapter.method.get("model_config")

@@ -59,7 +59,7 @@ def find_key(name: str, keys: Mapping[str, Key], where: str | None = None) -> Ke
         return Key(name, str)
     if parent:
         raise UserError(f"'{name}': {parent.name} is {describe(parent.hint)} and has no keys below it", where=where)
-    if name.split(".")[0] == "hydra":
+    if name.startswith(("hydra.", "hydra/")) or name == "hydra":
         raise UserError(f"'{name}' is Hydra's own key", where=where, hint="the run folder is out, and -m runs a sweep")
     if name in GROUPS:
         hint = f"in a file write '- override /{name}: NAME' under defaults, on the command line {name}=NAME"

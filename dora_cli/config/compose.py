@@ -75,12 +75,13 @@ def compose(overrides: Sequence[str], parts: Parts, config_dirs: Iterable[str | 
     root = _typed(cfg, schema, origin)
     values = asdict(root)
     _check_ranges(values, keys, origin)
+    given = {o.key: o.value for o in typed}
     names, built, dropped = {}, {}, []
     for group in PART_GROUPS:
         names[group] = name = values[group].pop("name")
         if name not in parts[group]:
             raise UserError(f"unknown {group} '{name}'", where=origin.get(f"{group}.name"))
-        options, unread = _options(group, name, values[group], parts, origin)
+        options, unread = _options(group, name, values[group], parts, given)
         built[group] = _build(group, parts[group][name], options, origin)
         values[group] = {"name": name, **options}
         dropped += unread
@@ -182,21 +183,21 @@ def _check_ranges(values: Mapping[str, Any], keys: Mapping[str, Key], origin: Ma
 
 
 def _options(
-    group: str, name: str, values: Mapping[str, Any], parts: Parts, origin: Mapping[str, str | None]
+    group: str, name: str, values: Mapping[str, Any], parts: Parts, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """The part's options with its own defaults filled in, and a line for each option from a file that it does not read.
 
     Raises:
-        UserError: an option from the command line that the part does not read.
+        UserError: an option ``given`` on the command line that the part does not read.
     """
     own = part_defaults(parts[group][name])
     dropped = []
     for option, value in values.items():
+        key = f"{group}.{option}"
         if value is None or option in own:
             continue
-        key = f"{group}.{option}"
-        text = f"{key}={show(value)}: {name} does not read it"
-        if origin.get(key) is None:
+        text = f"{key}={show(given.get(key, value))}: {name} does not read it"
+        if key in given:
             readers = ", ".join(n for n, part in parts[group].items() if option in part_defaults(part))
             reads = ", ".join(f"{group}.{o}" for o in own) or "no options"
             raise UserError(text, where=f"{group}={name} reads {reads}", hint=f"{key} is read by {readers}")

@@ -21,10 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from dora_cli.config import record
 from dora_cli.config.overrides import quote
 from dora_cli.config.recipes import GLOBAL_GROUPS, GROUPS, HEADER, check_choice, choices, is_file, recipes_dir
-from dora_cli.config.sources import Leaf, Source, place, read
+from dora_cli.config.sources import SWEEP, Leaf, Source, place, read
 from dora_cli.errors import UserError
 
-SWEEP = "hydra.sweeper.params."
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 
 

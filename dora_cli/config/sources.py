@@ -11,6 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dora_cli.errors import UserError
 
+SWEEP = "hydra.sweeper.params."  # below it stand whole keys (train.epochs) with what -m sweeps over
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -85,7 +87,7 @@ def _leaves(path: Path, node: yaml.MappingNode, values: dict[Any, Any], prefix: 
         where = place(path, key_node.start_mark.line + 1)
         if not isinstance(key, str):
             raise UserError(f"the key '{prefix}{key}' is not text", where=where, hint="write it in quotes")
-        if "." in key:
+        if "." in key and prefix != SWEEP:
             raise UserError(f"'{prefix}{key}' has a dot in it", where=where, hint="write one key below the other")
         if isinstance(value, dict) and value:
             if not isinstance(value_node, yaml.MappingNode):

@@ -1,10 +1,8 @@
 """A base model and its tokenizer: from the hub, a folder, or a folder inside an installed package."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +10,10 @@ import torch
 from torch import nn
 
 from dora_cli.errors import UserError
+from dora_cli.models.names import PLACES, resolve_name
 
-PACKAGE = "package://"
-PLACES = "model.name takes a hub name, a local folder, or package://NAME/SUBFOLDER"
+# What transformers raises about weights that it can't find or read; anything else there is a fault of the code.
+FILE_ERRORS = (OSError, ValueError, ImportError, LookupError)
 
 
 class ModelChoice(Protocol):
@@ -45,28 +44,6 @@ class LoadedModel:
     source: str
 
 
-def resolve_name(name: str) -> str:
-    """The hub name, or the absolute folder that ``name`` means, checked to hold a model with safetensors weights.
-
-    Args:
-        name: a local folder, ``package://NAME/SUBFOLDER`` (found without importing the package), or a hub name. What
-            exists as a folder is that folder.
-
-    Raises:
-        UserError: no such folder or package; a folder without ``config.json`` or without safetensors weights.
-    """
-    if not name.strip():
-        raise UserError("model.name is empty", hint=PLACES)
-    if name.startswith(PACKAGE):
-        return str(_checked_folder(_package_folder(name), name))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(_checked_folder(folder.resolve(), name))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name={name}: no such folder", where=f"looked for {folder.absolute()}", hint=PLACES)
-    return name
-
-
 def load_model(
     config: ModelChoice, *, auto_class: str, offline: bool, max_length: int | None = None, **model_kwargs: Any
 ) -> LoadedModel:
@@ -95,19 +72,22 @@ def load_model(
         "local_files_only": offline,
     }
     auto = getattr(transformers, auto_class)
-    with _quiet(), _network(allowed=not offline), _failures_named(config.name, offline):
-        settings = transformers.AutoConfig.from_pretrained(source, **shared, **model_kwargs)
-        _require_class(auto, auto_class, settings, config.name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
-        model, report = auto.from_pretrained(
-            source,
-            config=settings,
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **shared,
-        )
+    with _quiet(), _network(allowed=not offline):
+        # A damaged JSON file may raise anything, the tokenizer's reader a bare Exception.
+        with _failures_named(config.name, source, offline, (Exception,)):
+            settings = transformers.AutoConfig.from_pretrained(source, **shared, **model_kwargs)
+            _require_class(auto, auto_class, settings, config.name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
+        with _failures_named(config.name, source, offline, FILE_ERRORS):
+            model, report = auto.from_pretrained(
+                source,
+                config=settings,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **shared,
+            )
     absent = set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]}
     missing = [name for name, _ in model.named_parameters() if name in absent]
     _refuse_unfit(model, missing, config.name)
@@ -155,68 +135,6 @@ def position_limit(model: Any) -> int | None:
             # RoBERTa counts positions from its padding index + 1.
             return positions if module.padding_idx is None else positions - module.padding_idx - 1
     return None
-
-
-def _package_folder(name: str) -> Path:
-    package, _, sub = name.removeprefix(PACKAGE).partition("/")
-    try:
-        spec = find_spec(package) if package.isidentifier() else None  # a dotted name would import its parent
-    except ValueError:
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"model.name={name}: there is no installed package '{package}'",
-            hint=f"install it into this environment (pip install {package.replace('_', '-')}), or correct the name",
-        )
-    for root in (Path(place).resolve() for place in spec.submodule_search_locations):
-        folder = (root / sub).resolve()
-        if folder.is_dir() and folder.is_relative_to(root):
-            return folder
-    there = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("_"))
-    raise UserError(
-        f"model.name={name}: package '{package}' has no folder '{sub}'",
-        where=f"in {root}",
-        hint=f"its folders: {', '.join(there) or 'none'}",
-    )
-
-
-def _checked_folder(folder: Path, name: str) -> Path:
-    if not (folder / "config.json").is_file():
-        hint = PLACES
-        if (folder / "adapter_config.json").is_file():
-            hint = "it holds an adapter: give its base model here, or merge the two first with dora-merge"
-        elif (folder / "adapter").is_dir():
-            hint = "it looks like a run folder: give its base model here, or the folder that dora-merge writes from it"
-        raise UserError(
-            f"model.name={name}: the folder has no config.json, so it is no model", where=f"in {folder}", hint=hint
-        )
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return folder
-    if index.is_file():
-        _check_index(index, name)
-        return folder
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    only = f", only pickled ones ({', '.join(pickled[:3])}), which can run code when read" if pickled else ""
-    raise UserError(
-        f"model.name={name}: the folder has no safetensors weights{only}",
-        where=f"in {folder}",
-        hint="it must hold model.safetensors, or model.safetensors.index.json with its shards, "
-        "as save_pretrained() of transformers writes them",
-    )
-
-
-def _check_index(index: Path, name: str) -> None:
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"model.name={name}: {index.name} is damaged", where=f"in {index.parent}") from error
-    bad = sorted(str(s) for s in shards if Path(str(s)).name != s or not (index.parent / s).is_file())
-    if bad:
-        raise UserError(
-            f"model.name={name}: {len(bad)} of {len(shards)} shards are missing, e.g. {bad[0]}",
-            where=f"in {index.parent}, named by {index.name}",
-        )
 
 
 def _require_class(auto: Any, auto_class: str, settings: Any, name: str) -> None:
@@ -300,26 +218,29 @@ def _network(*, allowed: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _failures_named(name: str, offline: bool) -> Iterator[None]:
-    """Turn what transformers raises about a model it can't read into one message."""
+def _failures_named(name: str, source: str, offline: bool, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turn what is raised about a model that can't be read into one message."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except SafetensorError as error:
-        raise UserError(f"model.name={name}: its weights are damaged", where=_first_line(error)) from error
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except SafetensorError as error:
+        raise UserError(f"model.name={name}: its weights are damaged", where=_cause(error)) from error
+    except kinds as error:
         if "trust_remote_code" in str(error):
             hint = "model.trust_remote_code=true runs the Python code that comes with the model: only if you trust it"
+        elif Path(source).is_dir():
+            hint = "configuration, tokenizer and weights must be whole, as transformers' save_pretrained() leaves them"
         elif offline:
             hint = "offline=true reads only folders and what the hub's cache holds: fetch it once without offline=true"
         else:
             hint = f"check the name and the connection; {PLACES}"
-        raise UserError(f"model.name={name} can't be loaded", where=_first_line(error), hint=hint) from error
+        raise UserError(f"model.name={name} can't be loaded", where=_cause(error), hint=hint) from error
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    told = " ".join(lines[:2])[:300] if lines else "no reason given"
+    return f"{type(error).__name__}: {told}" if isinstance(error, LookupError) or not lines else told

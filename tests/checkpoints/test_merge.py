@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from dora_cli.checkpoints import merge as merge_module
 from dora_cli.checkpoints.adapter_format import LowRank, WeightDecomposed, write_adapter, write_full
 from dora_cli.checkpoints.merge import merge, parse_size
+from dora_cli.checkpoints.safetensors_io import DTYPES, read_header
 from dora_cli.errors import UserError
 
 MakeCase = Callable[..., Any]  # tests/checkpoints/conftest.py
@@ -85,6 +86,17 @@ def test_a_sharded_base_merges_into_shards_with_true_totals(make_case: MakeCase,
     sizes = {file: sum(t.nbytes for t in tensors.values()) for file, tensors in files.items()}
     assert index["metadata"]["total_size"] == sum(sizes.values()) == report.bytes
     assert all(size <= 6000 or len(files[file]) == 1 for file, size in sizes.items())
+
+
+def test_tensors_of_mixed_types_lie_aligned_to_their_type(make_case: MakeCase, tmp_path: Path) -> None:
+    case = make_case("bert", dtype=torch.bfloat16)
+    tensors = load_file(case.base / "model.safetensors") | {"odd": torch.ones(3, dtype=torch.bfloat16)}
+    save_file(tensors, case.base / "model.safetensors", {"format": "pt"})
+    case.write(tmp_path / "adapter", head={name: tensor.float() for name, tensor in case.head.items()})
+    merge(tmp_path / "adapter", tmp_path / "out")
+    entries = read_header(tmp_path / "out" / "model.safetensors")
+    assert {entry.dtype for entry in entries.values()} == {"BF16", "F32"}  # heads stay as trained
+    assert all(entry.start % DTYPES[entry.dtype].itemsize == 0 for entry in entries.values())
 
 
 def test_blocks_of_rows_change_nothing(make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

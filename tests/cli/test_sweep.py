@@ -75,12 +75,10 @@ def test_folder_names_are_safe():
 
 
 def test_a_recipe_may_bring_its_ranges_and_the_command_line_wins():
-    Path("mine.yaml").write_text("hydra:\n  sweeper:\n    params:\n      budget: 0.1,0.2\n      seed: [1, 2]\n")
+    Path("mine.yaml").write_text("hydra:\n  sweeper:\n    params:\n      train.epochs: 1,2\n      seed: [1, 2]\n")
     assert len(sweeps.plan(["recipe=mine.yaml"])) == 4
-    assert [job.name for job in sweeps.plan(["recipe=mine.yaml", "seed=5", "budget=0.3,0.4"])] == [
-        "budget=0.3",
-        "budget=0.4",
-    ]
+    names = [job.name for job in sweeps.plan(["recipe=mine.yaml", "seed=5", "train.epochs=3,4"])]
+    assert names == ["train.epochs=3", "train.epochs=4"]
 
 
 @pytest.mark.parametrize(

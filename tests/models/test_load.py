@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dora_cli.errors import UserError
-from dora_cli.models.load import load_model, position_limit, resolve_name
+from dora_cli.models.load import load_model, position_limit
+from dora_cli.models.names import resolve_name
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 
@@ -137,13 +138,17 @@ def test_inputs_longer_than_the_positions_are_refused(save_base):
         load(folder, max_length=41)
 
 
-def test_loading_prints_nothing_and_leaves_transformers_as_it_was(save_base, capfd):
+def test_loading_says_nothing_and_leaves_transformers_as_it_was(save_base, capfd, monkeypatch):
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     folder = save_base("bert")
     capfd.readouterr()
+    said = []
+    # its own handler writes to the stream that stood for the terminal when it was made
+    monkeypatch.setattr(logging.get_logger("transformers"), "callHandlers", said.append)
     load(folder)
+    assert said == []
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
@@ -309,12 +314,27 @@ def test_truncated_weights_are_damaged(save_base, keep):
         load(path.parent)
 
 
-@pytest.mark.parametrize("content", ["{", '{"model_type": "no-such-type"}', "{}"])
-def test_a_config_that_transformers_cannot_read_is_one_message(save_base, content):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", "{}"),
+        ("config.json", '{"model_type": "no-such-type"}'),
+        ("config.json", '{"model_type": "bert", "hidden_size": "big"}'),
+        ("config.json", '{"model_type": "bert", "hidden_size": 30, "num_attention_heads": 7}'),
+        ("config.json", '{"model_type": "bert", "hidden_act": "no-such-function"}'),
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"version": "1.0", "model": {}}'),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_a_damaged_file_beside_the_weights_is_one_message(save_base, name, content):
     folder = save_base("bert")
-    (folder / "config.json").write_text(content)
-    with pytest.raises(UserError, match="can't be loaded"):
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match="can't be loaded") as caught:
         load(folder)
+    assert caught.value.where and "must be whole" in caught.value.hint
 
 
 def test_a_type_without_such_a_head_is_refused(save_base):
