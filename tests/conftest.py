@@ -1,4 +1,4 @@
-"""Shared by all rooms: small adapted stacks of linear layers, and one thread so that results do not depend on the machine."""
+"""Shared by all rooms: small adapted stacks of linear layers, and one thread, since tiny tensors gain from no more."""
 
 from collections.abc import Callable
 

@@ -6,6 +6,7 @@ x ∈ [0, 1] of the window; METHODS' g(x) is 1 − progress(x). It is 0 at 0, 1 
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar
 
 from dora_cli.errors import UserError
@@ -178,9 +179,7 @@ class Step(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         numbers = all(len(p) == 2 and all(isinstance(v, int | float) and 0 <= v <= 1 for v in p) for p in self.points)
-        rising = numbers and all(
-            a[0] < b[0] and a[1] <= b[1] for a, b in zip(self.points, self.points[1:], strict=False)
-        )
+        rising = numbers and all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(self.points))
         if not rising:
             raise UserError(
                 f"schedule.points={self.points} must be pairs [x, share], each from 0 to 1, rising in both",

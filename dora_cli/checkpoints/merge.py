@@ -148,7 +148,7 @@ def _write_shards(folder: Path, shards: list[list[Piece]], total: int) -> None:
     places = []
     for name, pieces in zip(names, shards, strict=True):
         # wider types first, so that every tensor lies aligned to its type
-        pieces = sorted(pieces, key=lambda piece: DTYPES[piece.dtype].itemsize)
+        pieces = sorted(pieces, key=lambda piece: -DTYPES[piece.dtype].itemsize)
         starts = write_header(folder / name, ((piece.name, piece.dtype, piece.source.shape) for piece in pieces))
         places += [(piece, folder / name, starts[piece.name]) for piece in pieces]
     with _one_thread_each() as workers:

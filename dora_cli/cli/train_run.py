@@ -19,7 +19,7 @@ from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, save_checkpoint
 from dora_cli.cli import run_folder
 from dora_cli.config.compose import Composed
-from dora_cli.evaluation import LOWER_IS_BETTER
+from dora_cli.evaluation.metrics import build_metrics
 from dora_cli.evaluation.predict import evaluate
 from dora_cli.reporting.events import ALLOCATION, MetricsFile
 from dora_cli.reporting.terminal import View, print_plan, print_summary
@@ -50,7 +50,10 @@ def run(composed: Composed) -> int:
         if config.resume and (out / run_folder.CONFIG).exists():
             saved = (out / run_folder.CONFIG).read_text(encoding="utf-8")
             run_folder.check_same(saved, composed.yaml, out / run_folder.CONFIG)
+    if config.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
     session = build(composed)
+    build_metrics(session.task.metric_names, session.task.num_labels)  # a wrong name, before the folder is made
     start = getattr(composed.parts["adapter"], "init_from", None)
     if start is not None:
         start_from(session.layers, session.model, read_adapter(Path(start).expanduser()))
@@ -100,7 +103,6 @@ class _Run:
             event=self._event,
             evaluated=self._evaluated,
             stop=lambda: self.signal,
-            lower_is_better=LOWER_IS_BETTER,
         )
         with self.view, self._signals():
             for message in self.messages:

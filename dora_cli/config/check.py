@@ -30,6 +30,11 @@ class Key:
         return get_origin(self.hint) is dict
 
     @property
+    def is_open(self) -> bool:
+        """Whether a list could be one value of it."""
+        return any(kind is Any or get_origin(kind) is list for kind in _alternatives(self.hint))
+
+    @property
     def is_text(self) -> bool:
         return str in _alternatives(self.hint) and Any not in _alternatives(self.hint)
 
@@ -56,7 +61,7 @@ def find_key(name: str, keys: Mapping[str, Key], where: str | None = None) -> Ke
         return keys[name]
     parent = keys.get(name.rpartition(".")[0])
     if parent and parent.is_free:
-        return Key(name, str)
+        return Key(name, get_args(parent.hint)[1])
     if parent:
         raise UserError(f"'{name}': {parent.name} is {describe(parent.hint)} and has no keys below it", where=where)
     if name.startswith(("hydra.", "hydra/")) or name == "hydra":

@@ -88,13 +88,13 @@ def _value(key: Key, text: str) -> tuple[Any, str]:
         if text.lower() == "null":
             return None, "null"
         if "," in text and not _is_literal(key.name, text):
-            raise _several(key.name, text)
+            raise _several(key.name, text, may_be_one=True)
         return text, quote(text)
     override = _grammar(text)
     if override is None:  # not Hydra's grammar: text that the key's type will accept or refuse
         return text, quote(text)
     if override.is_sweep_override():
-        raise _several(key.name, text)
+        raise _several(key.name, text, may_be_one=key.is_open)
     value = override.value()
     if isinstance(value, str) and not is_quoted(text):
         return text, quote(text)
@@ -113,11 +113,11 @@ def _is_literal(name: str, text: str) -> bool:
     return name in PATH_KEYS or name.startswith(("data.columns.", "data.splits.")) or bool(set(text) & set("/\\ "))
 
 
-def _several(name: str, text: str) -> UserError:
-    return UserError(
-        f"{name}={text} gives several values to one run",
-        hint=f"-m makes one run of each; a list is {name}=[a,b], and text with a comma needs quotes: \"{name}='a,b'\"",
+def _several(name: str, text: str, *, may_be_one: bool = False) -> UserError:
+    hint = "-m makes one run of each" + (
+        "; one list is [a,b], one text is 'a,b' (quoted for the shell)" if may_be_one else ""
     )
+    return UserError(f"{name}={text} gives several values to one run", hint=hint)
 
 
 def quote(text: str) -> str:

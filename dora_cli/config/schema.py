@@ -37,8 +37,10 @@ class DataConfig:
     name: str | None = key(None, "data set on the hub")
     config: str | None = key(None, "configuration of the hub data set, e.g. sst2 of glue")
     path: str | None = key(None, "file or folder (jsonl, json, csv, tsv, parquet, save_to_disk); beats data.name")
-    splits: dict[str, str] = key({}, "role → split or file, e.g. validation: dev; further roles are evaluated too")
-    columns: dict[str, str] = key({}, "role → column, e.g. text: sentence")
+    splits: dict[str, str | None] = key(
+        {}, "role → split or file, e.g. validation: dev; further roles are evaluated too"
+    )
+    columns: dict[str, str | None] = key({}, "role → column, e.g. text: sentence; null: not used")
     labels: list[str] | None = key(None, "the labels in order; null reads them from the data")
     metrics: list[str] = key([], "metrics to report; the first chooses the best checkpoint; empty: the task's own")
     max_length: int = key(128, "longest input in tokens", low=1)

@@ -123,12 +123,15 @@ def _is_json_list(path: Path) -> bool:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            if b"\0" in line:
+                raise UserError("not text: there is a NUL byte", where=where, hint="save the file as UTF-8")
             try:
                 yield number, line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"not UTF-8 text: byte {line[error.start]:#04x} at column {error.start + 1}",
-                    where=f"{path}, line {number}",
+                    where=where,
                     hint="save the file as UTF-8",
                 ) from error
 

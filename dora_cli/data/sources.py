@@ -20,10 +20,12 @@ class DataChoice(Protocol):
     name: str | None
     config: str | None
     path: str | None
-    splits: dict[str, str]
     max_train_samples: int | None
     max_eval_samples: int | None
     holdout: float
+
+    @property
+    def splits(self) -> Mapping[str, str | None]: ...
 
 
 @dataclass
@@ -85,7 +87,8 @@ def load_rows(
     Raises:
         UserError: nothing there, a split that is missing or empty, a file that can't be read (with file and line).
     """
-    wanted = list(dict.fromkeys(roles or ["train", "validation", *config.splits]))
+    further = [role for role, name in config.splits.items() if name]
+    wanted = list(dict.fromkeys(roles or ["train", "validation", *further]))
     with quiet(), _network(allowed=not offline):
         source = _open(config, offline)
         rows = Rows({}, source=source.what)
@@ -176,11 +179,11 @@ def _open_hub(config: DataChoice, offline: bool) -> _Source:
     return _Source(what, list(splits), lambda name: splits[name], lambda _: None)
 
 
-def _split_name(source: _Source, splits: Mapping[str, str], role: str, file_role: str) -> str | None:
+def _split_name(source: _Source, splits: Mapping[str, str | None], role: str, file_role: str) -> str | None:
     """The source's name for a role, or ``None``."""
     if source.single:
         return source.names[0] if role == file_role else None
-    mapped = splits.get(role, role)
+    mapped = splits.get(role) or role
     stem = Path(mapped).stem if Path(mapped).suffix in files.READERS else mapped
     return next((name for name in (stem, role) if name in source.names), None)
 
@@ -215,7 +218,7 @@ def _hold_out(rows: Rows, source: _Source, config: DataChoice, seed: int, file_r
     rows.origin["validation"] = source.file(name)
     if "train" in rows.splits:
         rows.splits["train"] = train.select(sorted(order[held:]))
-    asked = config.splits.get("validation", "validation")
+    asked = config.splits.get("validation") or "validation"
     there = "" if source.single else f" '{asked}' (there: {', '.join(source.names)})"
     rows.notes.append(f"no validation split{there}: {held} of {total} training rows held out by seed {seed}")
 

@@ -7,4 +7,3 @@ CLASSIFICATION = {
 }
 REGRESSION = {name: f"{_METRICS}:{name}" for name in ("pearson", "spearman", "mse", "mae")}
 METRICS = CLASSIFICATION | REGRESSION
-LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})

@@ -1,7 +1,7 @@
 """The training loop: fetch, forward and backward, allocate, step, and only when due log, evaluate and save."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,7 @@ class Hooks:
     """What the loop needs of other rooms, handed in by ``cli``.
 
     ``evaluate() → {split: {metric: value}}``, ``export(record)`` writes the weights as they are as the run's result,
-    ``save()`` writes a checkpoint, ``log`` and ``event`` take one record each, ``stop() → name of a signal or None``;
-    ``lower_is_better`` names the metrics that are errors.
+    ``save()`` writes a checkpoint, ``log`` and ``event`` take one record each, ``stop() → name of a signal or None``.
     """
 
     evaluate: Callable[[], dict[str, dict[str, float]]]
@@ -29,7 +28,6 @@ class Hooks:
     event: Callable[[dict[str, Any]], None]
     evaluated: Callable[[dict[str, Any], bool], None]
     stop: Callable[[], str | None]
-    lower_is_better: Collection[str] = ()
 
 
 def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
@@ -101,7 +99,7 @@ def _evaluate(session: Session, progress: Progress, hooks: Hooks) -> bool:
         "metrics": splits,
     }
     eligible = progress.step >= session.allocation.final_step
-    better = eligible and (progress.best is None or _better(hooks, name, record["value"], progress.best["value"]))
+    better = eligible and (progress.best is None or _better(session, record["value"], progress.best["value"]))
     if eligible:
         progress.last = record
         progress.waited = 0 if better else progress.waited + 1
@@ -117,10 +115,10 @@ def _evaluate(session: Session, progress: Progress, hooks: Hooks) -> bool:
     return ends
 
 
-def _better(hooks: Hooks, name: str, new: float, old: float) -> bool:
+def _better(session: Session, new: float, old: float) -> bool:
     if new != new:  # NaN is never better
         return False
-    return old != old or (new < old if name in hooks.lower_is_better else new > old)
+    return old != old or (new > old if session.task.higher_is_better else new < old)
 
 
 def _every(value: int | float | None, total: int, epoch: int) -> int:

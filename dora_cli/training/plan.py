@@ -61,7 +61,7 @@ def _model(session: Session) -> dict[str, str]:
     if session.targets:
         lines["targets"] = f"{len(session.targets)} modules: " + ", ".join(f"{n} of {s}" for s, n in shapes.items())
     if session.head_modules:
-        lines["head"] = ", ".join(session.head_modules) + " (not in the checkpoint: trained in full, not counted)"
+        lines["head"] = ", ".join(session.head_modules) + " (trained in full, not counted)"
     return lines
 
 

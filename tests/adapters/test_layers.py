@@ -1,4 +1,4 @@
-"""Every parametrisation: the identity at the start, its mathematics, its folding into a plain pair, transposed weights."""
+"""Every parametrisation: identity at the start, its mathematics, its folding into a plain pair, transposed weights."""
 
 from typing import Any
 

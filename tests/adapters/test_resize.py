@@ -12,7 +12,7 @@ from dora_cli.adapters.inject import inject, parameter_groups
 from dora_cli.adapters.resize import check_state, resize
 
 STEPS, SHRINK_AT, WIDTH, RANK = 60, 25, 48, 32
-# Half of the ranks, scattered. Every tensor keeps a multiple of 16 numbers: fused AdamW rounds the last few numbers of a
+# Half of the ranks, scattered. Every tensor keeps a multiple of 16 numbers: fused AdamW rounds the last few of a
 # tensor, which fill no vector register, another way (22 of 300 gates of size 4 differed from the same gates in a tensor
 # of size 8 after 20 steps). Sums over a batch are rounded by the shape too, so a step sees one row.
 KEEP = torch.tensor([0, 2, 3, 6, 7, 8, 11, 13, 15, 16, 19, 22, 23, 26, 30, 31])

@@ -1,5 +1,7 @@
 """Counts of METHODS 0.8 and 11, and the window rules of DESIGN 6."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,7 +72,7 @@ def test_every_shape_is_monotone_with_exact_ends(schedule: Schedule) -> None:
     values = counts(schedule, 864, 86, [i / 1000 for i in range(1001)])
     assert values[0] == 864
     assert values[-1] == 86
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(values))
 
 
 def test_early_and_late_cubic_mirror_each_other() -> None:

@@ -101,7 +101,8 @@ def test_null_unsets_text(value_of):
 def test_several_values_for_one_run_suggest_m(refusal, override):
     error = refusal("recipe=toy", override)
     assert error.message == f"{override} gives several values to one run"
-    assert "-m" in error.hint
+    assert error.hint.startswith("-m makes one run of each")
+    assert ("one list" in error.hint) == override.startswith(("budget", "data.task"))
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,9 @@ GOOD = '{"text": "a", "label": 1}\n'
         ("a.csv", 'text,label\na,1\n"b,2\nc,3\n', "malformed CSV: unexpected end of data", "line 3"),
         ("a.csv", "text,text\na,1\n", "column 'text' occurs twice", "line 1"),
         ("a.csv", b"text,label\ncaf\xe9,1\n", "not UTF-8 text", "line 2"),
-        ("a.csv", "text,label\na,1\n".encode("utf-16"), "not UTF-8 text", "line 1"),
+        ("a.csv", "text,label\na,1\n".encode("utf-16"), "not text: there is a NUL byte", "line 1"),
+        ("a.csv", b"text,label\na,1\n\0\0,2\n", "not text: there is a NUL byte", "line 3"),
+        ("a.csv", b"\xff\n", "not UTF-8 text: byte 0xff at column 1", "line 1"),
         ("a.csv", "\n\n", "no line of column names", "a.csv"),
         ("a.tsv", "text\tlabel\na\tb\t1\n", "3 fields instead of 2", "line 2"),
         ("a.jsonl", "", "empty", "a.jsonl"),
@@ -146,7 +148,7 @@ def test_place_counts_rows_where_there_are_no_lines(write):
     assert files.place(write("a.json", json.dumps(ROWS)), 1) == "row 2"
 
 
-# A lone surrogate is no text; NUL ends a line for nobody, but csv's reader refuses it in older Pythons.
+# Neither a lone surrogate nor NUL is text.
 texts = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=20)
 
 

@@ -62,6 +62,11 @@ def test_a_mapped_name_that_is_absent_falls_back_to_the_role(choose, folder):
     assert rows.notes == [f"no split 'validation_mismatched' in {folder}: not evaluated"]
 
 
+def test_a_further_role_can_be_given_up(choose, folder):
+    rows = load(choose(path=folder, splits={"validation": "", "validation_mismatched": ""}))
+    assert list(rows.splits) == ["train", "validation"] and rows.notes == []
+
+
 def test_a_mapped_name_that_is_there_wins_over_the_role(choose, write, folder):
     write("set/validation_matched.jsonl", lines(5, 20))
     write("set/validation_mismatched.jsonl", lines(6, 40))

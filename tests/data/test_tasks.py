@@ -162,6 +162,14 @@ def test_a_pair_is_taken_where_there_is_one(fit, tokenizer):
     assert task.encode(made.splits["train"], tokenizer)[0]["input_ids"].tolist() == [2, 5, 3]
 
 
+@pytest.mark.parametrize("nothing", ["", None])
+def test_a_role_can_be_given_up(fit, tokenizer, nothing):
+    columns = {"text_pair": nothing, "id": nothing}
+    task, made = fit(rows_of([0, 1], text_pair="w9", id="x"), columns=columns)
+    encoded = task.encode(made.splits["train"], tokenizer)
+    assert encoded[0]["input_ids"].tolist() == [2, 5, 3] and encoded.ids == [0, 1]
+
+
 def test_rows_without_id_are_named_by_their_number_in_the_file(fit, choose, write, tokenizer):
     task, made = fit(rows_of([0, 1, 0, 1]), max_train_samples=2)
     numbers = task.encode(made.splits["train"], tokenizer).ids
@@ -174,7 +182,7 @@ def test_rows_without_id_are_named_by_their_number_in_the_file(fit, choose, writ
     [
         ({"text": "sentense"}, "no column 'sentense' for data.columns.text", "data.columns.text=NAME"),
         ({"label": "gold"}, "no column 'gold' for data.columns.label", "data.columns.label=NAME"),
-        ({"text_pair": "second"}, "no column 'second'", "~data.columns.text_pair"),
+        ({"text_pair": "second"}, "no column 'second'", "data.columns.text_pair=null"),
         ({"txt": "text"}, r"unknown key 'data\.columns\.txt'", "did you mean 'text'"),
     ],
 )

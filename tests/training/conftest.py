@@ -1,4 +1,4 @@
-"""A tiny pretrained BERT with its tokenizer, and a sentiment set that it can learn, made afresh in a temporary folder."""
+"""A tiny pretrained BERT with its tokenizer, and a sentiment set that it can learn, made in a temporary folder."""
 
 import json
 import random
@@ -50,7 +50,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, n in (("train", 96), ("validation", 32)):
         with (folder / f"{split}.jsonl").open("w") as file:
             for i in range(n):
-                words = draw.choices(FILLER, k=draw.randint(2, 9)) + [draw.choice((BAD, GOOD)[i % 2])]
+                words = [*draw.choices(FILLER, k=draw.randint(2, 9)), draw.choice((BAD, GOOD)[i % 2])]
                 draw.shuffle(words)
                 file.write(json.dumps({"text": " ".join(words), "label": ("negative", "positive")[i % 2]}) + "\n")
     return folder

@@ -81,7 +81,9 @@ def test_logits_agree(method: str, base: Path, dora_train: Any, tmp_path: Path) 
     assert torch.allclose(reference, logits(merged), atol=1e-5)
 
 
-def test_uniform_export_has_one_rank_no_patterns_and_the_same_logits(base: Path, dora_train: Any, tmp_path: Path) -> None:
+def test_uniform_export_has_one_rank_no_patterns_and_the_same_logits(
+    base: Path, dora_train: Any, tmp_path: Path
+) -> None:
     words = [f"model.name={base}", "budget=r0.6", "adapter.rank=2", "train.epochs=3"]
     assert dora_train(*words, "export=uniform") == 0
     run = tmp_path / "run"

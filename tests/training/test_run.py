@@ -23,7 +23,9 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("method", SHRINKING)
-def test_shrinking_methods_count_by_the_schedule_and_end_on_budget(method: str, dora_train: Train, tmp_path: Path) -> None:
+def test_shrinking_methods_count_by_the_schedule_and_end_on_budget(
+    method: str, dora_train: Train, tmp_path: Path
+) -> None:
     assert dora_train(f"method={method}", "budget=0.25", "adapter.rank=4", "allocator.interval=3") == 0
     run = tmp_path / "run"
     summary, events = summary_of(run), json.loads((run / "ranks.json").read_text())
@@ -107,9 +109,7 @@ def test_gradient_checkpointing_and_bf16_train(dora_train: Train, tmp_path: Path
     plain = ["budget=r1", "adapter.rank=2", "train.max_steps=10", "train.log_every=1"]
     assert dora_train(*plain, f"out={tmp_path}/plain") == 0
     assert dora_train(*plain, "train.gradient_checkpointing=true", f"out={tmp_path}/checkpointed") == 0
-    losses = [
-        [r["loss"] for r in metrics_of(tmp_path / x) if r["split"] == "train"] for x in ("plain", "checkpointed")
-    ]
+    losses = [[r["loss"] for r in metrics_of(tmp_path / x) if r["split"] == "train"] for x in ("plain", "checkpointed")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert dora_train(*plain, "train.precision=bf16", f"out={tmp_path}/bf16") == 0
     assert dora_train(*plain, f"out={tmp_path}/plain2") == 0
@@ -217,3 +217,17 @@ def test_a_runs_configuration_repeats_it(dora_train: Train, tmp_path: Path) -> N
     assert one.keys() == two.keys()
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert summary_of(tmp_path / "again")["recipe"] == "text_classification"
+
+
+def test_a_compiled_model_trains_alike_across_compaction(
+    dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["budget=r1", "adapter.rank=4", "train.max_steps=14", "train.log_every=1", "adapter.dropout=0"]
+    assert dora_train(*words, f"out={tmp_path}/eager") == 0
+    real = torch.compile
+    # Traced and guarded as usual, run without a C++ compiler: does a graph follow its parameters?
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))
+    assert dora_train(*words, "train.compile=true", f"out={tmp_path}/compiled") == 0
+    losses = [[r["loss"] for r in metrics_of(tmp_path / x) if r["split"] == "train"] for x in ("eager", "compiled")]
+    assert len(losses[0]) == 14
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

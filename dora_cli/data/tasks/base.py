@@ -1,5 +1,6 @@
 """What the loop, the evaluation and the checkpoints ask of a task."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -11,10 +12,12 @@ from dora_cli.data.sources import Rows
 class TaskChoice(Protocol):
     """What tasks read of ``config.schema.DataConfig``."""
 
-    columns: dict[str, str]
     labels: list[str] | None
     metrics: list[str]
     max_length: int
+
+    @property
+    def columns(self) -> Mapping[str, str | None]: ...
 
 
 class Loss(NamedTuple):

@@ -1,6 +1,6 @@
 """What the tasks on a text or a pair of texts share: finding columns, checking and reading rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,12 +13,12 @@ from dora_cli.registry import did_you_mean
 ROLES = ("text", "text_pair", "label", "id")
 
 
-def find_columns(columns: dict[str, str], rows: Rows) -> dict[str, str]:
+def find_columns(columns: Mapping[str, str | None], rows: Rows) -> dict[str, str]:
     """Role → column, for the roles that the data has: text and label always, text_pair and id where there is one.
 
     Args:
         columns: what the user says, role → column. A role not named there is looked for under its own name (``id`` also
-            under ``idx``).
+            under ``idx``); one that is named but has no column (empty or null) is not used, whatever the recipe says.
 
     Raises:
         UserError: an unknown role; a split without a column that is needed.
@@ -27,10 +27,11 @@ def find_columns(columns: dict[str, str], rows: Rows) -> dict[str, str]:
         if role not in ROLES:
             raise UserError(f"unknown key 'data.columns.{role}'", hint=did_you_mean(role, ROLES))
     first = next(iter(rows.splits.values())).column_names
-    found = dict(columns)
+    found = {role: column for role, column in columns.items() if column}
     for role, names in {"text": ["text"], "text_pair": ["text_pair"], "label": ["label"], "id": ["id", "idx"]}.items():
         present = [name for name in names if name in first]
-        if role not in found and (present or role in ("text", "label")):
+        needed = role in ("text", "label")
+        if role not in found and (needed or (present and role not in columns)):
             found[role] = present[0] if present else names[0]
     for split, dataset in rows.splits.items():
         there = [name for name in dataset.column_names if name != ROW]
@@ -40,7 +41,7 @@ def find_columns(columns: dict[str, str], rows: Rows) -> dict[str, str]:
                     f"there is no column '{column}' for data.columns.{role}",
                     where=f"{rows.origin.get(split) or f'split {split!r} of {rows.source}'} has: {', '.join(there)}",
                     hint=f"say which it is with data.columns.{role}=NAME"
-                    + (f", or drop it with ~data.columns.{role}" if role in ("text_pair", "id") else ""),
+                    + (f", or use none: data.columns.{role}=null" if role in ("text_pair", "id") else ""),
                 )
     return found
 
