@@ -132,7 +132,7 @@ class Allocation:
             return self.probe()
 
     def _compact(self, step: int, optimizer: Optimizer) -> None:
-        if not self.allocator.compacts or not bool(self.table.dropped.any()):
+        if not self.allocator.compacts or not self.table.dead():
             return
         early = self.table.dead_share() >= DEAD_SHARE and self.table.compactions < MAX_COMPACTIONS
         if step == self.window.end or early:

@@ -56,6 +56,7 @@ class UnitTable:
 
     def __init__(self, layers: Mapping[str, AdapterLayer]) -> None:
         self._groups: list[Group] | None = None
+        self._dead: list[tuple[int, Tensor]] | None = None
         self.names = list(layers)
         self.layers = list(layers.values())
         self.module = self.order = self.cost = torch.empty(0, dtype=torch.long)
@@ -93,6 +94,12 @@ class UnitTable:
             self._groups = [self._group(modules) for modules in by_shape.values()]
         return self._groups
 
+    def dead(self) -> list[tuple[int, Tensor]]:
+        """(module, physical positions) of dropped units that still have rows; looked up only after a change."""
+        if self._dead is None:
+            self._dead = list(self._positions(self.dropped))
+        return self._dead
+
     @contextmanager
     def only(self, mask: Tensor) -> Iterator[None]:
         """Within, only the units of ``mask`` (n,) take part. Changes no parameter, random or optimizer state."""
@@ -112,6 +119,7 @@ class UnitTable:
         self.alive = mask & ~self.dropped
         if final:
             self.dropped = self.dropped | closing
+            self._dead = None
         for m, positions in self._positions(closing):
             self.layers[m].silence(positions)
 
@@ -137,22 +145,22 @@ class UnitTable:
 
     def hold(self) -> None:
         """Keep dropped units closed that still have rows; after every optimizer step."""
-        for m, positions in self._dead():
+        for m, positions in self.dead():
             self.layers[m].silence(positions)
 
     def mute(self) -> None:
         """Zero the gradients of dropped units, so that they weigh nothing in clipping; before clipping."""
-        for m, positions in self._dead():
+        for m, positions in self.dead():
             self.layers[m].mute_gradient(positions)
 
     def dead_share(self) -> float:
         """Share of physical rows that belong to dropped units."""
         total = sum(len(rows) for rows in self.rows)
-        return sum(len(positions) for _, positions in self._dead()) / total if total else 0.0
+        return sum(len(positions) for _, positions in self.dead()) / total if total else 0.0
 
     def compact(self, optimizer: Optimizer | None = None) -> bool:
         """Rebuild tensors without the rows of dropped units; exact. Returns whether anything changed."""
-        dead = list(self._dead())
+        dead = self.dead()
         for m, _ in dead:
             living = torch.nonzero(~self.dropped[self.rows[m]]).flatten()
             self._resize(m, living, 0, optimizer)
@@ -209,7 +217,7 @@ class UnitTable:
         self._changed()
 
     def _changed(self) -> None:
-        self._groups = None
+        self._groups = self._dead = None
 
     def _group(self, modules: list[int]) -> Group:
         layers = [self.layers[m] for m in modules]
@@ -223,6 +231,3 @@ class UnitTable:
             if len(positions):
                 device = next(self.layers[m].parameters()).device
                 yield m, positions.to(device)
-
-    def _dead(self) -> Iterator[tuple[int, Tensor]]:
-        yield from self._positions(self.dropped) if bool(self.dropped.any()) else ()

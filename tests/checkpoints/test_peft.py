@@ -157,7 +157,7 @@ LINEARS = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"lora_alpha": 16},
     "patterns": {
-        "rank_pattern": {"0.*": 2, r".*\.1\..*": 5, "value": 3},
+        "rank_pattern": {"attention|attn|self_attn": 6, "0.*": 2, r".*\.1\..*": 5, "value": 3},
         "alpha_pattern": {r"^.*\.1\..*": 7.5, "c_attn": 3},
     },
     "rslora": {"use_rslora": True, "lora_alpha": 10, "rank_pattern": {"value": 2}},

@@ -231,3 +231,47 @@ def test_a_compiled_model_trains_alike_across_compaction(
     losses = [[r["loss"] for r in metrics_of(tmp_path / x) if r["split"] == "train"] for x in ("eager", "compiled")]
     assert len(losses[0]) == 14
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_eval_reads_an_adapter_that_peft_wrote(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from dora_cli.cli.eval import main as dora_eval
+
+    torch.manual_seed(3)
+    base = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=2)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=32, target_modules=["query"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    words = [f"checkpoint={tmp_path}/theirs", f"base={model_dir}", "recipe=text_classification"]
+    words += [f"data.path={data_dir}", "data.max_length=16", f"out={tmp_path}/eval"]
+    assert dora_eval(words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "eval/predictions-validation.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    texts = [json.loads(line)["text"] for line in (data_dir / "validation.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        expected = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+    assert [row["prediction"] for row in rows] == [("negative", "positive")[i] for i in expected.tolist()]
+
+
+def test_eval_refuses_a_base_that_does_not_fit(
+    dora_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], model_dir: Path
+) -> None:
+    from transformers import BertConfig, BertModel
+
+    from dora_cli.cli.eval import main as dora_eval
+
+    assert dora_train("method=lora", "budget=r1", "train.max_steps=2") == 0
+    other = tmp_path / "other"
+    settings = BertConfig.from_pretrained(model_dir, hidden_size=32)
+    BertModel(settings).save_pretrained(other)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).write_bytes((model_dir / name).read_bytes())
+    capsys.readouterr()
+    assert dora_eval([f"checkpoint={tmp_path}/run", f"base={other}"]) == 2
+    assert "does not fit" in capsys.readouterr().err
+    assert dora_eval([f"checkpoint={tmp_path}/nowhere"]) == 2
+    assert dora_eval(["checkpoint=x", "splitt=test"]) == 2
+    assert "did you mean 'split'" in capsys.readouterr().err
