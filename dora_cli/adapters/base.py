@@ -103,10 +103,11 @@ class AdapterLayer(nn.Module):
             getattr(self, self.valve).index_fill_(self.unit_axes[self.valve], units, 0.0)
 
     def mute_gradient(self, units: Tensor) -> None:
-        """Zero the gradient that would reopen dead ``units``. With the valve at zero, theirs are the only ones left."""
-        grad = getattr(self, self.valve).grad
-        if grad is not None:
-            grad.index_fill_(self.unit_axes[self.valve], units, 0.0)
+        """Zero all gradients of dead ``units``: they must not reopen, and weigh nothing in clipping."""
+        for name, axis in self.unit_axes.items():
+            grad = getattr(self, name).grad
+            if grad is not None:
+                grad.index_fill_(axis, units, 0.0)
 
     def fresh(self, n: int) -> dict[str, Tensor]:
         """Values of ``n`` new units that leave the function as it is, by parameter name."""
@@ -183,6 +184,8 @@ class LowRankLayer(AdapterLayer):
         Raises:
             UserError: the pair has another shape, or more components than this layer.
         """
+        filled = (a.norm(dim=1) > 0) & (b.norm(dim=0) > 0)  # padding stays fresh: zeros on both sides would never train
+        a, b = a[filled], b[:, filled]
         n = a.shape[0]
         if a.shape[1] != self.d_in or b.shape[0] != self.d_out or n > self.rank:
             raise UserError(
@@ -192,7 +195,7 @@ class LowRankLayer(AdapterLayer):
             )
         with torch.no_grad():
             # The size goes where this parametrisation keeps it: balanced factors, and the gate (if any) at 1.
-            size = (a.norm(dim=1) / b.norm(dim=0).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
+            size = (a.norm(dim=1) / b.norm(dim=0)).sqrt()
             self.a[:n] = a / size[:, None]
             self.b[:, :n] = b * size / self.scale
             if "c" in self.unit_axes:

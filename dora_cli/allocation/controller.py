@@ -12,10 +12,11 @@ for step in range(1, T + 1):
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dora_cli.adapters.base import AdapterLayer
+from dora_cli.adapters.base import AdapterLayer, LowRankLayer
 from dora_cli.allocation.allocators.base import Allocator, Event
 from dora_cli.allocation.budget import Target
 from dora_cli.allocation.importance.base import Importance
@@ -54,7 +55,7 @@ class Allocation:
     ) -> None:
         self.table = UnitTable(layers)
         self.schedule, self.importance, self.allocator, self.regularizer = schedule, importance, allocator, regularizer
-        self.window = schedule.window(total_steps)
+        self.window = allocator.window(schedule, total_steps)
         self.by_cost = target is not None and target.by_cost and allocator.mode == "shrink"
         self.first, self.last = allocator.bounds(self.table, target)
         self.probe = probe
@@ -85,7 +86,7 @@ class Allocation:
         Returns:
             What happened, where an event fell on this step: step, budget, alive, params and ranks per module.
         """
-        if self.regularizer.acts and self.regularizer.active(step, self.window):
+        if self.regularizer.decoupled and self.regularizer.active(step, self.window):
             self.regularizer.after_step(self.table, self._learning_rate(optimizer))
         if step <= self.window.end:
             self.importance.update(self.table, step)
@@ -139,9 +140,26 @@ class Allocation:
             self.table.compact(optimizer)
 
     def _learning_rate(self, optimizer: Optimizer) -> float:
-        parameters = self.table.layers[0].adapter_parameters().values() if self.table.layers else ()
-        mine = {id(p) for p in parameters}
+        """That of the adapters' group, whichever modules are left."""
+        mine = {id(p) for layer in self.table.layers for p in layer.adapter_parameters().values()}
         return next((g["lr"] for g in optimizer.param_groups if any(id(p) in mine for p in g["params"])), 0.0)
+
+    def unit_state(self) -> dict[str, Tensor]:
+        """What is particular to this method, a row per unit that ever was, for a file beside the adapter.
+
+        ``module``, ``order``, ``cost``, ``alive``, ``frozen``; ``gate`` (0 for units that are gone) and ``score`` where
+        the parametrisation and the importance have them. All of shape (n,), on the CPU.
+        """
+        table = self.table
+        state = {name: getattr(table, name).clone() for name in ("module", "order", "cost", "alive", "frozen")}
+        gate = torch.zeros(len(table))
+        for m, layer in enumerate(table.layers):
+            if isinstance(layer, LowRankLayer):
+                gate[table.rows[m]] = layer.gates().detach().float().cpu()
+        state["gate"] = gate
+        if self.allocator.scores and "probe" not in self.importance.needs:
+            state["score"] = self.importance.scores(table, None).float()
+        return state if len(table) else {}
 
     # ---- state ---------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -149,11 +167,9 @@ class Allocation:
         return {
             "table": self.table.state_dict(),
             "importance": self.importance.state_dict(),
-            "allocator": self.allocator.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Give the layers the shapes they had; their values must be loaded afterwards, and the optimizer built."""
         self.table.load_state_dict(state["table"])
         self.importance.load_state_dict(dict(state["importance"]))
-        self.allocator.load_state_dict(dict(state["allocator"]))

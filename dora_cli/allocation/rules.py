@@ -45,6 +45,11 @@ def check(
             hint=f"with adapter={names['adapter']}: importance="
             + " or ".join(n for n in _fitting(IMPORTANCES, adapter) if n != "none"),
         )
+    if not allocator.scores and names["importance"] != "none":
+        raise UserError(
+            f"importance={names['importance']} would be read by nobody: allocator={names['allocator']} chooses nothing",
+            hint="use importance=none, or an allocator such as allocator=prune",
+        )
     if schedule.moves and allocator.mode == "constant":
         raise UserError(
             f"allocator={names['allocator']} keeps one total throughout, schedule={names['schedule']} changes it",

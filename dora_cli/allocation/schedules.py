@@ -81,9 +81,13 @@ class Schedule:
 
         return Window(start, end, total, exact(self.start, start), exact(self.end, end))
 
+    def share(self, x: float, first: int, last: int) -> float:
+        """The share of the way from ``first`` to ``last`` that is covered at x."""
+        return self.progress(x)
+
     def between(self, first: int, last: int, x: float) -> int:
         """The count at x: ``last + round((first − last) · g(x))``, exact at both ends (METHODS 11.1)."""
-        return last + round((first - last) * (1.0 - self.progress(x)))
+        return last + round((first - last) * (1.0 - self.share(x, first, last)))
 
     def count(self, step: int, window: Window, first: int, last: int) -> int:
         """K(t): ``first`` until the start step, ``last`` from the end step on (DESIGN 6)."""
@@ -137,7 +141,7 @@ class Cosine(Schedule):
 class Exponential(Schedule):
     """g = (e^{−kx} − e^{−k})/(1 − e^{−k}); k → 0 is linear, k < 0 is late."""
 
-    rate: float = field(default=5.0, metadata={"help": "k of e^{−kx}"})
+    rate: float = field(default=5.0, metadata={"help": "k of e^{−kx}", "low": -500.0, "high": 500.0})
 
     def progress(self, x: float) -> float:
         return x if abs(self.rate) < 1e-9 else math.expm1(-self.rate * x) / math.expm1(-self.rate)
@@ -147,10 +151,9 @@ class Exponential(Schedule):
 class Geometric(Schedule):
     """b = b₀ (b_T/b₀)^x: the same share goes at every event."""
 
-    def between(self, first: int, last: int, x: float) -> int:
-        if x <= 0.0 or x >= 1.0 or first == last:
-            return first if x <= 0.0 else last
-        return round(first * (max(last, 1) / max(first, 1)) ** x)
+    def share(self, x: float, first: int, last: int) -> float:
+        ratio = max(last, 1) / max(first, 1)
+        return x if ratio == 1 or x in (0.0, 1.0) else (1.0 - ratio**x) / (1.0 - ratio)
 
 
 @dataclass

@@ -24,12 +24,14 @@ class Group:
     """Layers of one shape, for batched arithmetic.
 
     ``modules`` are their positions in the table's module list; ``index`` (m, r) on the layers' device says which table
-    row each of their units is.
+    row each of their units is; ``kept`` (m, r) is 0 for dropped units whose rows are still there, None where there are
+    none.
     """
 
     layers: tuple[LowRankLayer, ...]
     modules: tuple[int, ...]
     index: Tensor
+    kept: Tensor | None = None
 
     def stack(self, name: str) -> Tensor:
         """(m, …) the layers' parameters called ``name``, without graph."""
@@ -119,7 +121,7 @@ class UnitTable:
         self.alive = mask & ~self.dropped
         if final:
             self.dropped = self.dropped | closing
-            self._dead = None
+            self._changed()
         for m, positions in self._positions(closing):
             self.layers[m].silence(positions)
 
@@ -221,8 +223,11 @@ class UnitTable:
 
     def _group(self, modules: list[int]) -> Group:
         layers = [self.layers[m] for m in modules]
-        index = torch.stack([self.rows[m] for m in modules]).to(next(layers[0].parameters()).device)
-        return Group(tuple(layers), tuple(modules), index)  # type: ignore[arg-type]
+        device = next(layers[0].parameters()).device
+        index = torch.stack([self.rows[m] for m in modules])
+        dropped = self.dropped[index]
+        kept = (~dropped).float().to(device) if bool(dropped.any()) else None
+        return Group(tuple(layers), tuple(modules), index.to(device), kept)  # type: ignore[arg-type]
 
     def _positions(self, mask: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(module, physical positions of the masked units) for the modules that have any."""

@@ -45,6 +45,11 @@ def start_from(layers: Mapping[str, AdapterLayer], model: nn.Module, adapter: Ad
     filled = 0
     for name, update in adapter.modules.items():
         layer = layers.get(name)
+        if layer is None:
+            raise UserError(
+                f"adapter.init_from={adapter.folder}: its module '{name}' has no adapter here",
+                hint="adapt it too (adapter.targets), or raise the budget so that it starts with a component",
+            )
         if isinstance(update, WeightDecomposed) or not isinstance(layer, LowRankLayer):
             raise UserError(
                 f"adapter.init_from={adapter.folder}: its module '{name}' cannot be the start of this method's",

@@ -121,7 +121,7 @@ def parse_size(text: str | int) -> int:
     Raises:
         UserError: not a size, or 0.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)", str(text).strip())
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match and match[2].upper() in UNITS else 0
     if size < 1:
         raise UserError(f"shard_size={text} is no size", hint="such as 5GB, 512MiB or a number of bytes")

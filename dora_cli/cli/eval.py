@@ -8,7 +8,14 @@ from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
 
 OWN = ("checkpoint", "recipe", "base", "split", "out")
-FROM_CONFIG = ("data.", "train.eval_batch_size", "train.device", "train.precision", "model.", "offline")
+FROM_CONFIG = (
+    "data.",
+    "train.eval_batch_size",
+    "train.device",
+    "train.precision",
+    "model.trust_remote_code",
+    "offline",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from dora_cli.data.tasks import build_task
 from dora_cli.errors import UserError
 from dora_cli.evaluation.predict import evaluate
 from dora_cli.models.load import load_model
+from dora_cli.reporting.events import jsonable
 from dora_cli.training.setup import autocast_dtype, pick_device
 
 
@@ -28,6 +29,10 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
         UserError: no such checkpoint, nothing that says which data, or anything that does not fit.
     """
     folder = Path(own["checkpoint"]).expanduser()
+    if not folder.exists() and ("/" not in own["checkpoint"] or own["checkpoint"].count("/") > 1):
+        raise UserError(
+            f"checkpoint={own['checkpoint']}: no such folder", hint="name a run, an adapter or a model folder"
+        )
     adapter = _adapter(folder)
     config = compose(_recipe(own, folder, overrides), load_parts(), config_dirs).config
     split = own.get("split", "validation")
@@ -35,7 +40,9 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
     labels = _labels(adapter, folder)
     data = replace(config.data, labels=labels) if labels and config.data.task == "classification" else config.data
     role = _file_role(overrides, split)
-    rows = load_rows(data, offline=config.offline, seed=config.seed, roles=[split], file_role=role)
+    # Without a validation split some of train was held out; what is left is the train split that was trained on.
+    roles = ["train", "validation"] if split == "train" and role == "train" else [split]
+    rows = load_rows(data, offline=config.offline, seed=config.seed, roles=roles, file_role=role)
     task = build_task(data)
     task.fit(rows)
     model, tokenizer = _load(own, folder, adapter, config, task)
@@ -144,7 +151,7 @@ def _write(
         "rows": len(predictions),
         "metrics": metrics,
     }
-    atomic_write_text(out / f"eval-{split}.json", json.dumps(record, indent=2) + "\n")
+    atomic_write_text(out / f"eval-{split}.json", json.dumps(jsonable(record), indent=2) + "\n")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
     atomic_write_text(out / f"predictions-{split}.jsonl", lines)
     print(f"{split}: {len(predictions):,} rows  " + "  ".join(f"{name} {value:.6g}" for name, value in metrics.items()))

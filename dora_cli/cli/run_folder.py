@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dora_cli.config.record import recipe_of
 from dora_cli.errors import UserError
 
 CONFIG, SUMMARY, METRICS, RANKS, LOG = "config.yaml", "summary.json", "metrics.jsonl", "ranks.json", "train.log"
@@ -12,14 +13,14 @@ OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, "rep
 
 # What may differ between an interrupted run and its resumption: logging, saving, workers, and how it was called.
 FREE_ON_RESUME = (
-    *("out", "resume", "overwrite", "dry_run", "offline", "export", "save."),
-    *("train.log_every", "train.save_every", "train.keep_last", "train.workers", "train.eval_batch_size"),
+    *("out", "resume", "overwrite", "dry_run", "offline", "save.merged"),
+    *("train.log_every", "train.save_every", "train.keep_last", "train.workers"),
 )
 
 
 def default_out(recipe: str, method: str, budget: Any, seed: int) -> Path:
     """``runs/RECIPE/METHOD-bBUDGET-sSEED``; without a budget where it does not apply."""
-    part = f"-b{budget}" if budget is not None else ""
+    part = f"-b{str(budget).lower()}" if budget is not None else ""
     return Path("runs") / recipe / f"{method}{part}-s{seed}"
 
 
@@ -37,7 +38,7 @@ def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise UserError(f"out={out} is a file", hint="choose another out=DIR")
     if not out.exists() or not any(out.iterdir()):
         return
-    if not (out / CONFIG).exists() and not all(p.name in OURS or p.name.startswith(".") for p in out.iterdir()):
+    if not _is_run(out):
         raise UserError(f"out={out} holds files that are no run of dora-train's", hint="choose another out=DIR")
     if resume or overwrite:
         return
@@ -52,10 +53,18 @@ def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
     )
 
 
+def _is_run(out: Path) -> bool:
+    """Whether ``out`` holds what dora-train wrote: its config.yaml, or nothing but its files."""
+    config = out / CONFIG
+    if config.exists():
+        return recipe_of(config.read_text(encoding="utf-8", errors="replace")) is not None
+    return all(p.name in OURS or p.name.startswith(".") for p in out.iterdir())
+
+
 def clear(out: Path) -> None:
-    """Delete a run's files, and nothing else that may stand beside them."""
-    for name in OURS:
-        path = out / name
+    """Delete a run's files and evaluations of it, and nothing else that may stand beside them."""
+    evaluations = [*out.glob("eval-*.json"), *out.glob("predictions-*.jsonl")]
+    for path in (*(out / name for name in OURS), *evaluations):
         if path.is_dir():
             shutil.rmtree(path)
         else:

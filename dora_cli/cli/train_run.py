@@ -21,7 +21,7 @@ from dora_cli.cli import run_folder
 from dora_cli.config.compose import Composed
 from dora_cli.evaluation.metrics import build_metrics
 from dora_cli.evaluation.predict import evaluate
-from dora_cli.reporting.events import ALLOCATION, MetricsFile
+from dora_cli.reporting.events import ALLOCATION, MetricsFile, jsonable
 from dora_cli.reporting.terminal import View, print_plan, print_summary
 from dora_cli.training.loop import Hooks, train
 from dora_cli.training.plan import describe
@@ -167,7 +167,7 @@ class _Run:
             merge(self.out / run_folder.ADAPTER, files["merged at"])
         summary = summarise(self.session, self.progress)
         # Last of all: a folder with a summary is a finished run.
-        atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
+        atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(jsonable(summary), indent=2) + "\n")
         print_summary(summary, files | {"all files": self.out})
 
     def _write_ranks(self) -> None:
@@ -205,6 +205,7 @@ def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None
         "base_model_prefix": getattr(session.model, "base_model_prefix", ""),
         "model_config": _model_config(session.model),
         "ranks": rank_map(session),
+        "modules": session.allocation.table.names,  # what ``module`` in method_state.safetensors counts
     }
     task_type = session.task.peft_task_type
     heads = saved_by_peft((n for n, _ in session.model.named_modules()), session.head_modules, task_type)
@@ -221,14 +222,12 @@ def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None
         write_full(folder, {**trained, **head}, **common)
         return
     modules = [_low_rank(session, name) for name in session.targets]
-    scores = session.allocation.importance.state_dict()
-    tensors = {k: v for k, v in scores.items() if hasattr(v, "shape")}
     write_adapter(
         folder,
         modules=modules,
         head=head,
         export=session.config.export,
-        state=tensors,
+        state=session.allocation.unit_state(),
         **common,
     )
 

@@ -51,7 +51,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def jsonable(value: Any) -> Any:
+    """The same with null for what is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _line(record: dict[str, Any]) -> str:
-    # JSON has no NaN; null says "undefined" in any reader.
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(clean) + "\n"
+    return json.dumps(jsonable(record)) + "\n"

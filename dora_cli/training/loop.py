@@ -1,5 +1,6 @@
 """The training loop: fetch, forward and backward, allocate, step, and only when due log, evaluate and save."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_cli.errors import UserError
 from dora_cli.training.setup import Session
 from dora_cli.training.state import Progress
 
@@ -71,7 +73,9 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
             progress.events.append(event)
             hooks.event(event)
         if step % config.log_every == 0 or step == total:
-            hooks.log(meter.record(step, learning_rate, norm, session))
+            record = meter.record(step, learning_rate, norm, session)
+            hooks.log(record)
+            _refuse_divergence(step, record["loss"], "loss")
         stopping = hooks.stop()
         if step % evaluate_every == 0 or step == total:
             if _evaluate(session, progress, hooks):
@@ -91,6 +95,7 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
 def _evaluate(session: Session, progress: Progress, hooks: Hooks) -> bool:
     """Evaluate; after the final choice, also compare with the best. Returns whether to stop early."""
     splits = hooks.evaluate()
+    _refuse_divergence(progress.step, splits["validation"]["loss"], "validation loss")
     name = session.task.metric_names[0]
     record: dict[str, Any] = {
         "step": progress.step,
@@ -113,6 +118,19 @@ def _evaluate(session: Session, progress: Progress, hooks: Hooks) -> bool:
     if eligible and (at_the_end if last_is_wanted else better):
         hooks.export(record)
     return ends
+
+
+def _refuse_divergence(step: int, loss: float, name: str) -> None:
+    """Stop when the loss is no number any more: nothing trained from here on could be used.
+
+    Raises:
+        UserError: naming the step.
+    """
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the {name} is {loss} at step {step}: the run has diverged",
+            hint="lower train.learning_rate, or set train.clip_norm; earlier checkpoints are untouched",
+        )
 
 
 def _better(session: Session, new: float, old: float) -> bool:

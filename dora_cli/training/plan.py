@@ -119,6 +119,18 @@ def _notes(session: Session) -> list[str]:
         notes.append(f"pruning starts at step {window.start}, before the learning rate is warm (step {warmup})")
     if session.config.budget is not None and session.budget is None:
         notes.append(f"method={session.composed.method} has no budget: budget={session.config.budget} does not apply")
+    return notes + _rank_notes(session)
+
+
+def _rank_notes(session: Session) -> list[str]:
+    notes = []
+    asked = getattr(session.composed.parts["adapter"], "rank", None)
+    budget, mode = session.budget, session.allocation.allocator.mode
+    if budget is not None and budget.kind != "share" and mode != "shrink" and asked is not None:
+        notes.append(f"adapter.rank={asked} is not used: budget={budget.text} alone says how many components there are")
+    full = [layer for layer in session.layers.values() if layer.rank > min(layer.d_in, layer.d_out)]
+    if full:
+        notes.append(f"{len(full)} modules start with a rank above their smaller side: more than they can use")
     return notes
 
 

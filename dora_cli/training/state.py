@@ -44,7 +44,8 @@ def capture(session: Session, progress: Progress) -> tuple[dict[str, dict[str, T
         "random": _random_tensors(),
     }
     rest = {
-        "progress": asdict(progress),
+        # Events stand in metrics.jsonl, which is cut back to the checkpoint.
+        "progress": {k: v for k, v in asdict(progress).items() if k != "events"},
         "scheduler": {"last_epoch": session.scheduler.last_epoch},
         "allocation": allocation_rest,
         "random": _random_numbers(),
@@ -120,7 +121,9 @@ def _load_random(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> N
     np.random.set_state((name, np.array(keys, dtype=np.uint32), pos, has_gauss, cached))
     torch.set_rng_state(tensors["cpu"].cpu())
     if torch.cuda.is_available() and "cuda0" in tensors:
-        torch.cuda.set_rng_state_all([tensors[f"cuda{i}"].cpu() for i in range(torch.cuda.device_count())])
+        for i in range(torch.cuda.device_count()):
+            if f"cuda{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda{i}"].cpu(), i)
 
 
 def _split(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -132,7 +135,7 @@ def _split(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], d
 
 
 def _join(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    state: dict[str, dict[str, Any]] = {"table": {}, "importance": {}, "allocator": {}}
+    state: dict[str, dict[str, Any]] = {"table": {}, "importance": {}}
     for full_key, value in {**tensors, **rest}.items():
         part, key = full_key.split(SEPARATOR, 1)
         state[part][key] = value

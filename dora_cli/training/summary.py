@@ -54,7 +54,10 @@ def summarise(session: Session, progress: Progress) -> dict[str, Any]:
 
 def rank_map(session: Session) -> dict[str, int]:
     """Living components of every target module, those without an adapter included."""
-    living = session.allocation.table.ranks()
+    if session.composed.parts["adapter"].units == "components":
+        living = session.allocation.table.ranks()
+    else:
+        living = {name: layer.rank for name, layer in session.layers.items()}
     return {name: living.get(name, 0) for name in session.targets}
 
 

@@ -131,7 +131,7 @@ def build(
 ) -> Case:
     torch.manual_seed(0)
     config_class, arguments, saved_class, prefix, head_module = ARCHITECTURES[kind]
-    config = getattr(transformers, config_class)(vocab_size=60, num_labels=3, **arguments)
+    config = getattr(transformers, config_class)(vocab_size=60, num_labels=3 if saved else 2, **arguments)
     base = getattr(transformers, saved or saved_class)(config).to(dtype)
     base.save_pretrained(folder, **save)
     (folder / "tokenizer_config.json").write_text("{}")

@@ -178,6 +178,20 @@ def test_a_head_of_another_size_replaces_the_bases(make_case: MakeCase, tmp_path
     assert model.config.id2label == labels
 
 
+def test_labels_of_another_task_do_not_stay_behind(make_case: MakeCase, tmp_path: Path) -> None:
+    case = make_case("bert")
+    config = json.loads((case.base / "config.json").read_text())
+    labels = {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    (case.base / "config.json").write_text(json.dumps(config | labels | {"problem_type": "regression"}))
+    method = case.method
+    for key in ("id2label", "label2id", "problem_type"):  # the defaults: two labels, as transformers leaves them out
+        method["model_config"].pop(key, None)
+    head = {"classifier.weight": torch.randn(2, 16), "classifier.bias": torch.randn(2)}
+    merge(case.write(tmp_path / "adapter", head=head, method=method), tmp_path / "out")
+    merged = case.load_merged(tmp_path / "out").config
+    assert merged.id2label == {0: "LABEL_0", 1: "LABEL_1"} and merged.problem_type is None
+
+
 def test_the_pretraining_head_is_left_out_and_named(make_case: MakeCase, tmp_path: Path) -> None:
     case = make_case("roberta")
     report = merge(case.write(tmp_path / "adapter"), tmp_path / "out")
@@ -299,7 +313,7 @@ def test_a_folder_that_holds_something_is_refused(make_case: MakeCase, tmp_path:
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("size", ["0", "5XB", "-1", "five", "", "1e9"])
+@pytest.mark.parametrize("size", ["0", "5XB", "-1", "five", "", "1e9", "9" * 400])
 def test_a_size_that_is_none_is_refused(size: str) -> None:
     with pytest.raises(UserError, match="shard_size"):
         parse_size(size)

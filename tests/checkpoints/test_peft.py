@@ -157,7 +157,7 @@ LINEARS = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"lora_alpha": 16},
     "patterns": {
-        "rank_pattern": {"attention|attn|self_attn": 6, "0.*": 2, r".*\.1\..*": 5, "value": 3},
+        "rank_pattern": {"0.*": 2, r".*\.1\..*": 5, "value": 3},
         "alpha_pattern": {r"^.*\.1\..*": 7.5, "c_attn": 3},
     },
     "rslora": {"use_rslora": True, "lora_alpha": 10, "rank_pattern": {"value": 2}},
@@ -306,6 +306,15 @@ def test_a_config_that_contradicts_its_tensors_is_refused(
     change(adapter, **keys)
     with pytest.raises(UserError, match=message):
         read_adapter(adapter)
+
+
+def test_a_pattern_matches_the_end_of_a_name_and_the_first_one_counts(make_case: MakeCase, tmp_path: Path) -> None:
+    case = make_case("bert")
+    adapter = case.write(tmp_path / "adapter")
+    ranks = config_of(adapter)["rank_pattern"]
+    change(adapter, rank_pattern={"bert": 7, "attention": 7, "y": 7} | ranks | {".*": 3, "query": 7, "0": 7})
+    found = {name: module.rank for name, module in read_adapter(adapter).modules.items()}
+    assert found == {update.name: update.rank for update in case.updates if update.rank}
 
 
 def rewrite(adapter: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -56,6 +56,14 @@ class Allocator:
             raise UserError("this method shrinks to a budget, but none is set", hint="set for example budget=r8")
         return (int(table.cost.sum()) if target.by_cost else len(table)), target.limit
 
+    def window(self, schedule: Schedule, total: int) -> Window:
+        """The steps in which this allocator acts; the last one is the final choice.
+
+        Raises:
+            UserError: the schedule's window does not fit the run, or this allocator.
+        """
+        return schedule.window(total)
+
     def steps_between(self, total: int) -> int:
         """``interval`` in steps, for a run of ``total``."""
         if isinstance(self.interval, float) and not self.interval.is_integer():
@@ -73,9 +81,3 @@ class Allocator:
     def act(self, event: Event) -> None:
         """Use the verbs."""
         raise NotImplementedError
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass

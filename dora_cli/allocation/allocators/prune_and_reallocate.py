@@ -3,26 +3,33 @@
 Its full form (cheaper proxies, gate variants) belongs to the methods issue; this is the procedure of METHODS 5.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from itertools import cycle
+from typing import ClassVar
 
 import torch
 
 from dora_cli.allocation.allocators.base import Allocator, Event
 from dora_cli.allocation.budget import Target
-from dora_cli.allocation.schedules import Window
+from dora_cli.allocation.schedules import Schedule, Window
 from dora_cli.allocation.select import ranking
 from dora_cli.allocation.table import UnitTable
 
 
 @dataclass
 class PruneAndReallocate(Allocator):
-    """Each round closes the ``n`` worst ranks; modules that lost none share as many new ones, the best first."""
+    """Each round closes the ``n`` worst ranks; modules that lost none share as many new ones, the best first.
+
+    Where every module lost one, nothing is added, as in the paper. Under a budget of parameters new ranks cost no more
+    than what was closed.
+    """
 
     interval: int | float = field(
         default=0.05, metadata={"help": "steps between rounds, or a share of the run", "above": 0}
     )
-    n: int | None = field(default=None, metadata={"help": "ranks that move in a round; null: one per module", "low": 1})
+    n: int | None = field(
+        default=None, metadata={"help": "ranks that move in a round; null: an eighth, the paper's share", "low": 1}
+    )
     rounds: int = field(default=8, metadata={"help": "rounds at most", "low": 1})
 
     verbs: ClassVar[frozenset[str]] = frozenset({"drop", "grow"})
@@ -30,37 +37,50 @@ class PruneAndReallocate(Allocator):
     grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.done = 0
+        self.by_cost = False
 
     def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
+        self.by_cost = target is not None and target.by_cost
         return len(table), len(table)
 
-    def is_event(self, step: int, window: Window) -> bool:
-        return self.done < self.rounds and super().is_event(step, window)
+    def window(self, schedule: Schedule, total: int) -> Window:
+        """The schedule's, ended by the last round: from then on nothing moves, and evaluations count."""
+        window = schedule.window(total)
+        last_round = window.start + (self.rounds - 1) * self.steps_between(total)
+        return replace(window, end=max(1, min(window.end, last_round)))
 
     def act(self, event: Event) -> None:
-        self.done += 1
         table, scores = event.table, event.scores()
         ranked = ranking(table, scores, table.alive)
+        n = min(self.n or max(1, len(ranked) // 8), len(ranked) - 1)
+        if n < 1:
+            return
         closing = torch.zeros(len(table), dtype=torch.bool)
-        closing[ranked[len(ranked) - min(self.n or len(table.layers), len(ranked)) :]] = True
+        closing[ranked[len(ranked) - n :]] = True
         losers = set(table.module[closing].tolist())
         mean = {
-            m: float(scores[(table.module == m) & table.alive].mean())
-            for m in range(len(table.layers))
-            if m not in losers and bool(((table.module == m) & table.alive).any())
+            m: float(scores[(table.module == m) & table.alive].mean()) if count else -torch.inf
+            for m, count in enumerate(table.ranks().values())
+            if m not in losers
         }
-        freed = int(closing.sum())
+        freed = int(table.cost[closing].sum()) if self.by_cost else n
         table.drop(closing)
-        # The remainder goes to the modules with the highest mean score; where every module lost one, none is added.
-        winners = sorted(mean, key=lambda m: (-mean[m], m))
-        for place, m in enumerate(winners):
-            share = freed // len(winners) + (place < freed % len(winners))
-            if share:
-                table.grow(m, share, event.optimizer)
+        for m, share in self._shares(table, sorted(mean, key=lambda m: (-mean[m], m)), freed).items():
+            table.grow(m, share, event.optimizer)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done = int(state["done"])
+    def _shares(self, table: UnitTable, winners: list[int], freed: int) -> dict[int, int]:
+        """New ranks per module: in turn, best first, while what was freed lasts and a module has room (full rank)."""
+        ranks = list(table.ranks().values())
+        cost = {m: table.layers[m].d_in + table.layers[m].d_out if self.by_cost else 1 for m in winners}
+        room = {m: min(table.layers[m].d_in, table.layers[m].d_out) - ranks[m] for m in winners}
+        shares: dict[int, int] = {}
+        idle = 0
+        for m in cycle(winners):
+            if idle == len(winners):
+                break
+            if room[m] > 0 and cost[m] <= freed:
+                shares[m] = shares.get(m, 0) + 1
+                room[m], freed, idle = room[m] - 1, freed - cost[m], 0
+            else:
+                idle += 1
+        return shares

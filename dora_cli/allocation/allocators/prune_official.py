@@ -6,7 +6,9 @@ from typing import ClassVar
 import torch
 
 from dora_cli.allocation.allocators.base import Allocator, Event
-from dora_cli.allocation.schedules import Window
+from dora_cli.allocation.budget import Target
+from dora_cli.allocation.schedules import Schedule, Window
+from dora_cli.allocation.table import UnitTable
 from dora_cli.errors import UserError
 
 
@@ -19,6 +21,22 @@ class PruneOfficial(Allocator):
     verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop"})
     compacts: ClassVar[bool] = False
 
+    def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
+        if target is not None and target.by_cost:
+            raise UserError(
+                "allocator=prune_official counts components, not parameters",
+                hint="say the budget as an average rank such as budget=r4, or use allocator=prune",
+            )
+        return super().bounds(table, target)
+
+    def window(self, schedule: Schedule, total: int) -> Window:
+        window = schedule.window(total)
+        if window.end_exact <= window.start_exact:
+            raise UserError(
+                f"allocator=prune_official needs schedule.start={schedule.start} before schedule.end={schedule.end}"
+            )
+        return window
+
     def is_event(self, step: int, window: Window) -> bool:
         """``int(t − start)`` truncates towards 0, so the first event may come a step early (2.9, row 13)."""
         if step == window.end:
@@ -27,17 +45,11 @@ class PruneOfficial(Allocator):
         return offset > -1 and step < window.end and int(offset) % self.interval == 0
 
     def act(self, event: Event) -> None:
-        if event.by_cost:
-            raise UserError(
-                "allocator=prune_official counts components, not parameters",
-                hint="say the budget as an average rank such as budget=r4, or use allocator=prune",
-            )
-        window = event.window
-        if window.end_exact <= window.start_exact:
-            raise UserError("allocator=prune_official needs schedule.start before schedule.end")
+        window, n = event.window, event.first
         # The code's x is not rounded to steps, and it reaches 1 only where the window's end is a whole step.
         x = (event.step - window.start_exact) / (window.end_exact - window.start_exact)
-        n_pruned = max(int(event.first * ((event.first - event.last) / event.first) * event.schedule.progress(x)), 1)
+        share = event.schedule.share(min(max(x, 0.0), 1.0), n, event.last)
+        n_pruned = max(int(n * ((n - event.last) / n) * share), 1)
         scores = event.scores()
         threshold = torch.kthvalue(scores, n_pruned).values
         event.table.keep(scores > threshold, final=event.final)

@@ -25,9 +25,10 @@ class Ablation(Importance):
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
         assert probe is not None, "the composition check refuses this importance in a loop without a probe"
         scores = torch.full((len(table),), -torch.inf)
-        whole = -probe(table.alive)
-        for unit in torch.nonzero(table.alive).flatten().tolist():
-            without = table.alive.clone()
+        ranked = ~table.dropped  # silenced units too: they train between events and may return
+        whole = -probe(ranked)
+        for unit in torch.nonzero(ranked).flatten().tolist():
+            without = ranked.clone()
             without[unit] = False
             scores[unit] = whole + probe(without)
             if self.only_term:

@@ -18,11 +18,15 @@ class Random(FlatScores):
 
     def attach(self, table: UnitTable) -> None:
         super().attach(table)
-        self._generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-        self.smoothed = torch.rand(len(table), generator=self._generator)
+        self._seed = torch.initial_seed() % 2**32
+        self.smoothed = self._draw(0, len(table))
 
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
         born = len(table) - len(self.smoothed)
         if born:
-            self.smoothed = torch.cat([self.smoothed, torch.rand(born, generator=self._generator)])
+            self.smoothed = torch.cat([self.smoothed, self._draw(len(self.smoothed), born)])
         return self.smoothed
+
+    def _draw(self, first: int, n: int) -> Tensor:
+        """A function of the seed and the first unit's number, so that a resumed run draws the same."""
+        return torch.rand(n, generator=torch.Generator().manual_seed(self._seed + first))

@@ -31,6 +31,11 @@ class Regularizer:
     def after_backward(self, table: UnitTable) -> None:
         """Add weight · ∂R to the gradients; before clipping."""
 
+    @property
+    def decoupled(self) -> bool:
+        """Whether ``after_step`` has anything to do."""
+        return False
+
     def after_step(self, table: UnitTable, learning_rate: float) -> None:
         """Move the parameters, where the regularizer is decoupled from the optimizer."""
 

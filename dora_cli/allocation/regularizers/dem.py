@@ -32,6 +32,10 @@ class Dem(Regularizer):
     def attach(self, table: UnitTable) -> None:
         self.kappa = 1.0 / (max(len(table), 1) * (2 if self.normaliser == "code" else 1))
 
+    @property
+    def decoupled(self) -> bool:
+        return self.mode == "decoupled"
+
     def active(self, step: int, window: Window) -> bool:
         return self.until == "always" or step <= window.end
 
@@ -45,19 +49,17 @@ class Dem(Regularizer):
                 add_to_gradients(parameters, centred, self.weight * self.kappa * 2 / (centred.shape[axis] - 1))
 
     def after_step(self, table: UnitTable, learning_rate: float) -> None:
-        if self.mode == "decoupled":
-            for parameters, centred, axis in self._centred(table):
-                scale = learning_rate * self.weight * self.kappa * 2 / (centred.shape[axis] - 1)
-                torch._foreach_add_([p.data for p in parameters], list(centred.unbind(0)), alpha=-scale)
+        for parameters, centred, axis in self._centred(table):
+            scale = learning_rate * self.weight * self.kappa * 2 / (centred.shape[axis] - 1)
+            torch._foreach_add_([p.data for p in parameters], list(centred.unbind(0)), alpha=-scale)
 
     def _centred(self, table: UnitTable) -> Iterator[tuple[list[nn.Parameter], Tensor, int]]:
         """(parameters of one shape, (m, *shape) entries minus their component's mean, the axis of the entries)."""
         for group in table.groups():
             for name, axis in (("a", -1), ("b", -2)):
-                if group.stack(name).shape[axis] > 1:
-                    stacked = group.stack(name)
-                    yield (
-                        [getattr(layer, name) for layer in group.layers],
-                        stacked - stacked.mean(axis, keepdim=True),
-                        axis,
-                    )
+                stacked = group.stack(name)
+                if stacked.shape[axis] > 1:
+                    centred = stacked - stacked.mean(axis, keepdim=True)
+                    if group.kept is not None:  # a dropped unit is gone, also while its rows still wait to be removed
+                        centred *= group.kept.unsqueeze(axis)
+                    yield [getattr(layer, name) for layer in group.layers], centred, axis

@@ -42,5 +42,8 @@ class Orthogonal(Regularizer):
         for group in table.groups():
             for name in ("b", "a"):
                 p = group.stack(name) if name == "b" else group.stack(name).mT
-                gap = p.mT @ p - torch.eye(p.shape[-1], device=p.device, dtype=p.dtype)
+                eye = torch.eye(p.shape[-1], device=p.device, dtype=p.dtype)
+                if group.kept is not None:  # a dropped unit is gone, also while its rows still wait to be removed
+                    p, eye = p * group.kept[:, None, :], eye * group.kept[:, :, None]
+                gap = p.mT @ p - eye
                 yield [getattr(layer, name) for layer in group.layers], name, p, gap
