@@ -107,7 +107,13 @@ def test_accumulation_gives_the_gradient_of_all_its_rows(
     (calm / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused: torch.optim.SGD(groups))
     common = ["method=lora", "budget=r2", "train.epochs=6", "data.max_train_samples=10", f"model.name={calm}"]
-    common += ["train.learning_rate=0.5", "train.clip_norm=null", "train.weight_decay=0", "train.warmup=0"]
+    common += [
+        "save.which=last",
+        "train.learning_rate=0.5",
+        "train.clip_norm=null",
+        "train.weight_decay=0",
+        "train.warmup=0",
+    ]
     weights = []
     for batch_size, accumulation in ((10, 1), (6, 2), (3, 4)):
         out = tmp_path / f"a{accumulation}"
@@ -120,10 +126,9 @@ def test_accumulation_gives_the_gradient_of_all_its_rows(
     start = tmp_path / "start"
     assert dora_train(*common, "train.batch_size=10", "train.learning_rate=1e-12", f"out={start}") == 0
     initial = load_file(start / "adapter/adapter_model.safetensors")
-    for name, tensor in weights[0].items():
-        assert not torch.allclose(tensor, initial[name], atol=1e-5), f"{name} has not moved: a test of nothing"
-        for other in weights[1:]:
-            assert torch.allclose(tensor, other[name], atol=1e-6), name
+    moves = [torch.cat([(w[name] - initial[name]).double().flatten() for name in initial]) for w in weights]
+    for other in moves[1:]:
+        assert float((moves[0] - other).norm()) < 1e-3 * float(moves[0].norm())
 
 
 def test_gradient_checkpointing_and_bf16_train(dora_train: Train, tmp_path: Path) -> None:
