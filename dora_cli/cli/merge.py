@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dora_cli.cli.run import guard, split_flags
+from dora_cli.cli.help import merge_help
+from dora_cli.cli.run import answered, guard, split_flags
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
 
@@ -23,15 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def merge(argv: list[str]) -> int:
     """Answer help and mistyped keys at once, then load what is slow and merge."""
     arguments = split_flags(argv, ("-h", "--help", "--version"))
-    if arguments.version:
-        from dora_cli import __version__
-
-        print(f"dora-cli {__version__}")
-        return 0
-    if arguments.help:
-        from dora_cli.cli.help import merge_help
-
-        print(merge_help())
+    if answered(arguments, merge_help):
         return 0
     options = parse(arguments.overrides)
     from dora_cli.checkpoints.merge import merge as merge_files

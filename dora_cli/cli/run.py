@@ -82,6 +82,17 @@ def split_flags(argv: Sequence[str], accepted: Sequence[str] = tuple(FLAGS)) -> 
     return Arguments(overrides, config_dirs, "help" in seen, "version" in seen, "multirun" in seen)
 
 
+def answered(arguments: Arguments, help_text: Callable[[], str]) -> bool:
+    """Print the version or the help where that is all that is asked for; says whether it was."""
+    if arguments.version:
+        from dora_cli import __version__
+
+        print(f"dora-cli {__version__}")
+    elif arguments.help:
+        print(help_text())
+    return arguments.version or arguments.help
+
+
 def guard(function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command and turn what comes out of it into an exit code.
 

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from dora_cli.cli.run import guard, split_flags
+from dora_cli.cli.help import train_help
+from dora_cli.cli.run import answered, guard, split_flags
 from dora_cli.config.recipes import check_names, search_folders
 
 
@@ -15,16 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(argv: list[str]) -> int:
     """Answer help and mistyped names at once, then load what is slow and run."""
     arguments = split_flags(argv)
-    if arguments.version:
-        from dora_cli import __version__
-
-        print(f"dora-cli {__version__}")
-        return 0
     folders = search_folders(arguments.config_dirs)
-    if arguments.help:
-        from dora_cli.cli.help import train_help
-
-        print(train_help(folders))
+    if answered(arguments, lambda: train_help(folders)):
         return 0
     check_names(arguments.overrides, folders)
     if arguments.multirun:
