@@ -42,8 +42,8 @@ def parse_budget(value: object) -> Budget | None:
     """
     if value is None:
         return None
-    text = str(value).strip().lower()
-    match = re.fullmatch(r"(r)?(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)([kmb])?", text)
+    text = str(value).strip()
+    match = re.fullmatch(r"(r)?(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)([kmb])?", text.lower())
     if isinstance(value, bool) or not match or (match[1] and match[3]):
         raise UserError(f"cannot read budget={value}", hint=f"say {FORMS}")
     number = float(match[2]) * SUFFIXES[match[3] or ""]

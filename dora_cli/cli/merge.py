@@ -66,11 +66,9 @@ def describe(report: "MergeReport") -> str:
         ranks = f"rank {min(adapted)}" if len(set(adapted)) == 1 else f"ranks {min(adapted)} to {max(adapted)}"
         lines.append(f"  adapter  {_count(len(adapted), 'module')}, {ranks}, {_count(sum(adapted), 'component')}")
     if report.head:
-        lines.append(f"  as trained  {_count(len(report.head), 'parameter')} ({_few(report.head)})")
+        lines.append(f"  head     {_count(len(report.head), 'tensor')} as trained ({_few(report.head)})")
     if report.left_out:
-        lines.append(
-            f"  left out    {_count(len(report.left_out), 'tensor')} of another head ({_few(report.left_out)})"
-        )
+        lines.append(f"  left out {_count(len(report.left_out), 'tensor')} of another head ({_few(report.left_out)})")
     return "\n".join([*lines, f"  out      {report.out}"])
 
 

@@ -110,6 +110,8 @@ class _Run:
             stopped = train(self.session, self.progress, hooks)
             if stopped:
                 self.view.line(f"{stopped}: saved step {self.progress.step}; go on with resume=true")
+            elif self.signal:
+                self.view.line(f"{self.signal} came at the last step: the run is complete")
         if stopped:
             self.metrics.close()
             return EXIT_CODES[stopped]

@@ -241,9 +241,10 @@ def _shuffled(n: int, seed: int) -> list[int]:
 
 def _neighbours(path: Path) -> str:
     parent = next(p for p in path.parents if p.is_dir())
-    there = sorted(p.name for p in parent.iterdir())
+    there = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
     close = near(path.name, there) if parent == path.parent else []
-    return f"in {parent}: {', '.join(close or there[:10]) or 'nothing'}"
+    more = ", …" if not close and len(there) > 10 else ""
+    return f"in {parent.absolute()}: {', '.join(close or there[:10]) or 'nothing'}{more}"
 
 
 @contextmanager

@@ -185,7 +185,7 @@ def print_summary(summary: Mapping[str, Any], files: Mapping[str, Path]) -> None
     if budget["params_end"]:
         table.add_row(
             "adapter",
-            f"{budget['components_end']:,} of {budget['components_start']:,} units, "
+            f"{budget['components_end']:,} of {budget['components_start']:,} {summary['unit']}, "
             f"{budget['params_end']:,} of {budget['params_start']:,} parameters",
         )
     table.add_row(

@@ -86,12 +86,13 @@ def _adapter(session: Session) -> dict[str, str]:
 def _schedule(session: Session) -> dict[str, str]:
     allocation = session.allocation
     window = allocation.window
-    steps = sorted({round(window.start + (window.end - window.start) * i / 4) for i in range(5)})
-    counts = [f"{allocation.schedule.count(s, window, allocation.first, allocation.last):,}" for s in steps]
-    n_events = sum(allocation.allocator.is_event(t, window) for t in range(1, window.end + 1))
+    events = [t for t in range(1, window.end + 1) if allocation.allocator.is_event(t, window)]
+    shown = sorted({events[round(i * (len(events) - 1) / 4)] for i in range(5)})  # the first, the last, some between
+    counts = [f"{allocation.schedule.count(s, window, allocation.first, allocation.last):,}" for s in shown]
+    what = " parameters at most" if allocation.by_cost else ""
     lines = {
-        "window": f"steps {window.start} to {window.end} of {window.total}, {n_events} events",
-        "alive": " → ".join(counts) + "  at steps " + ", ".join(map(str, steps)),
+        "window": f"steps {window.start} to {window.end} of {window.total}, {len(events)} allocation event(s)",
+        "alive": " → ".join(counts) + f"{what}, after the events at steps " + ", ".join(map(str, shown)),
     }
     if getattr(allocation.allocator, "revive", False):
         lines["revival"] = "until the last event pruned components keep training and may return, so the steps before"
@@ -116,7 +117,10 @@ def _notes(session: Session) -> list[str]:
     window, allocation = session.allocation.window, session.allocation
     warmup = warmup_steps(session.config.train.warmup, session.total_steps)
     if allocation.allocator.scores and window.start < warmup:
-        notes.append(f"pruning starts at step {window.start}, before the learning rate is warm (step {warmup})")
+        notes.append(
+            f"pruning starts at step {window.start}, before the learning rate is warm (step {warmup}): raise "
+            "schedule.start, or lower train.warmup"
+        )
     if session.config.budget is not None and session.budget is None:
         notes.append(f"method={session.composed.method} has no budget: budget={session.config.budget} does not apply")
     return notes + _rank_notes(session)

@@ -32,6 +32,7 @@ def summarise(session: Session, progress: Progress) -> dict[str, Any]:
             "params_start": allocation.start_cost,
             "params_end": table.alive_cost(),
         },
+        "unit": session.composed.parts["adapter"].units,  # what components_* count
         "head_params": head,
         "trained_params": sum(p.numel() for p in session.trained_parameters().values()),
         "metrics": chosen["metrics"] if chosen else {},

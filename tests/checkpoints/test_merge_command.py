@@ -25,7 +25,7 @@ def test_it_merges_and_says_what(make_case: MakeCase, tmp_path: Path, capsys: py
     modules = [update.rank for update in case.updates if update.rank]
     assert f"{len(modules)} modules, ranks 1 to 3, {sum(modules)} components" in text
     assert f"{len(list(out.glob('*.safetensors')))} files" in text and str(out) in text and str(case.base) in text
-    assert "4 parameters (classifier.dense.bias, …)" in text and "of another head (lm_head." in text
+    assert "4 tensors as trained (classifier.dense.bias, …)" in text and "of another head (lm_head." in text
     torch.testing.assert_close(case.logits(case.load_merged(out)), case.logits(case.dense()), rtol=0, atol=1e-5)
 
 
