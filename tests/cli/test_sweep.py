@@ -141,9 +141,11 @@ def test_a_signal_lets_the_running_job_save_and_ends_the_sweep(tmp_path, number,
         signal.signal(signal.SIGINT, save); signal.signal(signal.SIGTERM, save)
         print("ready", flush=True); time.sleep(30)
     """
+    # A background job of a shell without job control inherits an ignored SIGINT: start as a terminal would.
     driver = f"""
-        import sys
+        import signal, sys
         from dora_cli.cli import run, sweep
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sweep.COMMAND = [sys.executable, "-c", {textwrap.dedent(job)!r}]
         sys.exit(run.guard(sweep.sweep, ["recipe=glue_sst2", "seed=1,2,3"]))
     """
