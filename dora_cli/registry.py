@@ -40,3 +40,18 @@ def load(table: Mapping[str, str], name: str, *, key: str) -> Any:
         raise UserError(f"unknown {key} '{name}'", hint=did_you_mean(name, table))
     module, attribute = table[name].split(":")
     return getattr(import_module(module), attribute)
+
+
+PART_TABLES = {
+    "adapter": "dora_cli.adapters:ADAPTERS",
+    "importance": "dora_cli.allocation:IMPORTANCES",
+    "schedule": "dora_cli.allocation:SCHEDULES",
+    "allocator": "dora_cli.allocation:ALLOCATORS",
+    "regularizer": "dora_cli.allocation:REGULARIZERS",
+}
+
+
+def part_table(group: str) -> dict[str, str]:
+    """The table of a group of parts; importing it imports nothing else. Empty for any other group."""
+    table: dict[str, str] = load(PART_TABLES, group, key="group") if group in PART_TABLES else {}
+    return table

@@ -9,6 +9,7 @@ ADAPTERS = {
     "components": "dora_cli.adapters.components:Components",
     "svd": "dora_cli.adapters.svd:Svd",
     "aflora": "dora_cli.adapters.aflora:Aflora",
+    "bitfit": "dora_cli.adapters.bitfit:Bitfit",
     "full": "dora_cli.adapters.whole:Full",
     "none": "dora_cli.adapters.whole:Frozen",
 }

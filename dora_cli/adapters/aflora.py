@@ -4,12 +4,12 @@ The vectors s_d and s_b always train; a unit is one projection tensor, and the o
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dora_cli.adapters.base import AdapterLayer, linear_shape, uniform
+from dora_cli.adapters.base import AdapterLayer, RankedPart, linear_shape, uniform
 
 
 class AfloraLayer(AdapterLayer):
@@ -31,14 +31,10 @@ class AfloraLayer(AdapterLayer):
     def rank(self) -> int:
         return self.a.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.base_layer(x)
+    def updated(self, x: Tensor, out: Tensor) -> Tensor:
         if self.rank == 0:
             return out
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.a.dtype)
-        x = nn.functional.dropout(x, self.dropout, self.training)
-        hidden = nn.functional.linear(x, self.a) * self.s_d
+        hidden = nn.functional.linear(self.adapter_input(x), self.a) * self.s_d
         return out + (nn.functional.linear(hidden, self.b) * self.s_b).to(out.dtype)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
@@ -55,40 +51,22 @@ class AfloraLayer(AdapterLayer):
     def frozen_units(self) -> list[bool]:
         return [not tensor.requires_grad for tensor in self.unit_tensors()]
 
-    def freeze(self, units: Tensor) -> None:
-        self._set_trainable(units, False)
-
-    def thaw(self, units: Tensor) -> None:
-        self._set_trainable(units, True)
-
-    def _set_trainable(self, units: Tensor, trainable: bool) -> None:
-        tensors = self.unit_tensors()
-        for unit in units.tolist():
-            tensors[unit].requires_grad_(trainable)
-            tensors[unit].grad = None
+    def start_from_rows(self, a: Tensor) -> None:
+        """Take ``a`` (r, d_in) as A; s_b = 0 keeps the identity."""
+        with torch.no_grad():
+            self.a.copy_(a)
 
 
 @dataclass
-class Aflora:
+class Aflora(RankedPart):
     """A, B Kaiming-uniform, s_d = 0.1, s_b = 0: the identity at the start (METHODS 8)."""
 
-    rank: int | None = field(
-        default=None, metadata={"help": "rank of the projections; spread from the budget", "low": 1}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input", "low": 0.0, "below": 1.0})
-    targets: Any = field(
-        default=None, metadata={"help": "modules to adapt: null (the transformer layers' linears), list, suffix, regex"}
-    )
     freeze_square: bool = field(
         default=True, metadata={"help": "projections of square weights are frozen from the start (the authors' code)"}
     )
 
-    units: ClassVar[str] = "tensors"
+    units: ClassVar[tuple[str, ...]] = ("tensors", "modules")
     verbs: ClassVar[frozenset[str]] = frozenset({"freeze", "thaw"})
-    budgeted: ClassVar[bool] = True
-    wraps: ClassVar[bool] = True
-    trains_base: ClassVar[bool] = False
-    export: ClassVar[str] = "lora"
 
     def layer(self, base: nn.Module, rank: int) -> AfloraLayer:
         linear_shape(base)  # refuses what is not linear

@@ -1,8 +1,8 @@
 """The protocol between adapters and everything else.
 
 Two classes make an adapter: a *part*, the dataclass of its options, and a *layer*, which replaces one target module and
-keeps the original inside as ``base_layer``. What is allocated is a *unit*: a component (a rank-1 piece) or a factor
-tensor, as the layer declares. The adapter never sees a budget; an allocator never sees a layer type.
+keeps the original inside as ``base_layer``. What is allocated is a *unit*: a component (a rank-1 piece), a factor
+tensor or a whole module, as the part declares. The adapter never sees a budget; an allocator never sees a layer type.
 
 Symbols: ``a`` (r, d_in) right factors, ``b`` (d_out, r) left factors, ``c`` (r,) gates, ``r`` rank.
 """
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dora_cli.adapters.init.base import Init, build_init
 from dora_cli.errors import UserError
 
 
@@ -40,18 +41,39 @@ class AdapterLayer(nn.Module):
     """One adapted module: the frozen base layer plus a trainable update.
 
     Subclasses declare ``unit_axes`` (parameter → the axis along which its units lie), ``valve`` (the parameter whose
-    zero closes a unit exactly) and ``no_decay`` (parameters that weight decay must leave alone).
+    zero closes a unit exactly), ``no_decay`` (parameters that weight decay must leave alone) and ``learning_rates``
+    (parameter → its own peak rate, where it is not the adapter's). ``removable`` says that without units the layer is
+    its base layer again; ``nested`` that a unit counts only together with all before it in its module.
     """
 
     unit_axes: ClassVar[Mapping[str, int]] = {}
     valve: ClassVar[str] = ""
+    removable: ClassVar[bool] = True
+    nested: ClassVar[bool] = False
     no_decay: frozenset[str] = frozenset()
+    learning_rates: Mapping[str, float] = {}
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base_layer = base
         self.d_out, self.d_in = linear_shape(base)
         self.transposed = is_transposed(base)
+        self.active = True  # False: the update is switched off, the layer is its base
+        self.dropout = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        return self.updated(x, out) if self.active else out
+
+    def updated(self, x: Tensor, out: Tensor) -> Tensor:
+        """The adapted output, given the input x (…, d_in) and the base layer's output (…, d_out)."""
+        raise NotImplementedError
+
+    def adapter_input(self, x: Tensor) -> Tensor:
+        """x in the adapter's own precision (autocast decides where it is on), after dropout."""
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(next(self.parameters(recurse=False)).dtype)
+        return nn.functional.dropout(x, self.dropout, self.training)
 
     # Models look at these on the layers they own (T5 reads ``wo.weight.dtype``, others ``in_features``).
     @property
@@ -96,6 +118,10 @@ class AdapterLayer(nn.Module):
         a, b = self.low_rank()
         return b @ a
 
+    def side_state(self) -> dict[str, Tensor]:
+        """What is particular to this module beside its update (bits, ranges), for ``method_state.safetensors``."""
+        return {}
+
     # ---- verbs -------------------------------------------------------------------------------------------------
     def silence(self, units: Tensor) -> None:
         """Zero the contribution of ``units`` (positions along the unit axis); they stay trainable and may return."""
@@ -113,15 +139,56 @@ class AdapterLayer(nn.Module):
         """Values of ``n`` new units that leave the function as it is, by parameter name."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """The final choice is made: whatever was stochastic about which units take part is so no more."""
+
     def frozen_units(self) -> list[bool]:
         """Which units are frozen, in order."""
         return [False] * len(self.unit_costs())
 
     def freeze(self, units: Tensor) -> None:
-        raise NotImplementedError
+        """Stop training the tensors at positions ``units``."""
+        self._set_trainable(units, False)
 
     def thaw(self, units: Tensor) -> None:
-        raise NotImplementedError
+        """Let them train again."""
+        self._set_trainable(units, True)
+
+    def _set_trainable(self, units: Tensor, trainable: bool) -> None:
+        tensors = self.unit_tensors()
+        for unit in units.tolist():
+            tensors[unit].requires_grad_(trainable)
+            tensors[unit].grad = None
+
+
+class WholeModule:
+    """A module as one unit: what an allocator of modules sees of a layer in place of its components."""
+
+    def __init__(self, layer: AdapterLayer) -> None:
+        self.layer = layer
+
+    def unit_costs(self) -> list[int]:
+        return [sum(self.layer.unit_costs())]
+
+    def frozen_units(self) -> list[bool]:
+        return [all(not p.requires_grad for p in self.layer.adapter_parameters().values())]
+
+    def silence(self, units: Tensor) -> None:
+        self.layer.active = False
+
+    def restore(self, units: Tensor) -> None:
+        self.layer.active = True
+
+    def freeze(self, units: Tensor) -> None:
+        self._set_trainable(False)
+
+    def thaw(self, units: Tensor) -> None:
+        self._set_trainable(True)
+
+    def _set_trainable(self, trainable: bool) -> None:
+        for parameter in self.layer.adapter_parameters().values():
+            parameter.requires_grad_(trainable)
+            parameter.grad = None
 
 
 class LowRankLayer(AdapterLayer):
@@ -157,15 +224,19 @@ class LowRankLayer(AdapterLayer):
         """(r,) the factor of each component, without the fixed scale."""
         return self.c if "c" in self.unit_axes else torch.ones_like(self.a[:, 0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.base_layer(x)
+    def updated(self, x: Tensor, out: Tensor) -> Tensor:
         if self.rank == 0:
             return out
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.a.dtype)
-        x = nn.functional.dropout(x, self.dropout, self.training)
+        return out + self.update(self.adapter_input(x)).to(out.dtype)
+
+    def update(self, x: Tensor) -> Tensor:
+        """What is added to the base's output, (…, d_out), for an input that is cast and dropped out already."""
         hidden = nn.functional.linear(x, self.a) * self.factor()
-        return out + nn.functional.linear(hidden, self.b).to(out.dtype)
+        return nn.functional.linear(hidden, self.b)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The factors as they act on the layer's own spaces, (r, d_in) and (d_out, r), without gates and scale."""
+        return self.a, self.b
 
     def factor(self) -> Tensor | float:
         """What the r-wide hidden activations are multiplied by: scale, gates and the probe's mask, (r,) or a number."""
@@ -175,8 +246,13 @@ class LowRankLayer(AdapterLayer):
         return factor if self.probe_mask is None else self.probe_mask * factor
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        a, b = self.a.detach().float(), self.b.detach().float()
+        a, b = (factor.detach().float() for factor in self.factors())
         return a, b * (self.gates().detach().float() * self.scale)
+
+    def start_from_rows(self, a: Tensor) -> None:
+        """Take ``a`` (r, d_in) as right factors; what the others start from still leaves the function as it is."""
+        with torch.no_grad():
+            self.a.copy_(a)
 
     def load_low_rank(self, a: Tensor, b: Tensor) -> None:
         """Start from a trained pair (r', d_in), (d_out, r'): its components become the first r', the others start anew.
@@ -203,40 +279,84 @@ class LowRankLayer(AdapterLayer):
 
 
 @dataclass
-class LowRankPart:
-    """Options that every low-rank adapter reads.
+class AdapterPart:
+    """What every adapter declares.
 
-    ``units`` names the kind of unit, ``verbs`` what an allocator may do with them, ``budgeted`` whether a budget
-    applies, ``wraps`` whether layers are wrapped, ``trains_base`` whether the base's weights train, ``export`` how
-    it is saved: as a ``lora`` pair, or in ``full``.
+    ``units`` names the kinds of unit it offers, its own kind first; ``verbs`` what may be done with its own kind
+    (modules can always be silenced, restored, frozen and thawed); ``provides`` what other parts may rest on (``rows``
+    of A in the input's space, ``gates``, ``gate_probability``); ``min_rank`` how many components a module cannot do
+    without; ``budgeted`` whether a budget applies; ``wraps`` whether layers are wrapped; ``export`` how it is saved:
+    as a ``lora`` pair, a ``decomposed`` one, a ``square``, or whole parameters (``full``).
     """
 
-    rank: int | None = field(
-        default=None,
-        metadata={"help": "components per module at the start; null: 1.5 × the average asked for", "low": 1},
-    )
-    alpha: float | None = field(
-        default=None, metadata={"help": "scale is alpha / start rank; null: the start rank, a scale of 1", "above": 0.0}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input", "low": 0.0, "below": 1.0})
-    targets: Any = field(
-        default=None, metadata={"help": "modules to adapt: null (the transformer layers' linears), list, suffix, regex"}
-    )
-    init_from: str | None = field(default=None, metadata={"help": "run or adapter folder to start from"})
-
-    units: ClassVar[str] = "components"
-    verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop", "grow"})
+    units: ClassVar[tuple[str, ...]] = ("none",)
+    verbs: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    min_rank: ClassVar[int] = 0
     budgeted: ClassVar[bool] = True
     wraps: ClassVar[bool] = True
-    trains_base: ClassVar[bool] = False
     export: ClassVar[str] = "lora"
 
-    def scale(self, start_rank: int) -> float:
-        return 1.0 if self.alpha is None else self.alpha / max(start_rank, 1)
+    def unfreeze(self, model: nn.Module) -> None:
+        """Make those of the base's own parameters train that this method trains; the others are frozen already."""
+
+    def unit_cost(self, d_out: int, d_in: int) -> int:
+        """Parameters that one component of a (d_out, d_in) module costs under the budget."""
+        return d_in + d_out
 
     def layer(self, base: nn.Module, rank: int) -> AdapterLayer:
         """Wrap ``base`` (a linear layer) with an update of ``rank`` components."""
         raise NotImplementedError
+
+
+RANK_HELP = "components per module at the start; null: 1.5 × the average asked for"
+ALPHA_HELP = "scale is alpha / start rank; null: the start rank, a scale of 1"
+TARGETS_HELP = "modules to adapt: null (the transformer layers' linears), list, suffix, regex"
+
+
+@dataclass
+class RankedPart(AdapterPart):
+    """Options of every adapter that has a rank. ``init`` is one of ``INITS``, the null ``init_*`` are its options."""
+
+    rank: int | None = field(default=None, metadata={"help": RANK_HELP, "low": 1})
+    dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input", "low": 0.0, "below": 1.0})
+    targets: Any = field(default=None, metadata={"help": TARGETS_HELP})
+    init: str = field(default="default", metadata={"help": "where the factors start: the method's own way, or eva"})
+    init_rho: float | None = field(
+        default=None, metadata={"help": "eva: candidates per module are rho · rank; 1 moves no ranks", "low": 1.0}
+    )
+    init_tolerance: float | None = field(
+        default=None, metadata={"help": "eva: cosine at which a component counts as found", "above": 0.0, "high": 1.0}
+    )
+    init_whiten: bool | None = field(default=None, metadata={"help": "eva: divide directions by √singular value"})
+
+    provides: ClassVar[frozenset[str]] = frozenset({"rows"})
+
+    def __post_init__(self) -> None:
+        self.start()  # refuses what does not go together
+
+    def start(self) -> Init | None:
+        """The initialisation, with its options; None for the adapter's own.
+
+        Raises:
+            UserError: an unknown one, or an option that it does not read.
+        """
+        options = {k: v for k in ("rho", "tolerance", "whiten") if (v := getattr(self, f"init_{k}")) is not None}
+        return build_init(self.init, options)
+
+
+@dataclass
+class LowRankPart(RankedPart):
+    """Options that every sum of components reads."""
+
+    alpha: float | None = field(default=None, metadata={"help": ALPHA_HELP, "above": 0.0})
+    init_from: str | None = field(default=None, metadata={"help": "run or adapter folder to start from"})
+
+    units: ClassVar[tuple[str, ...]] = ("components", "modules")
+    verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop", "grow"})
+
+    def scale(self, start_rank: int) -> float:
+        return 1.0 if self.alpha is None else self.alpha / max(start_rank, 1)
 
 
 def uniform(rows: int, columns: int, bound: float, like: Tensor) -> Tensor:

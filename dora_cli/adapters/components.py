@@ -1,6 +1,7 @@
 """DoRA's components (Mao et al., ACL 2024, arXiv 2405.17357, Eq. 6): ΔW = (α/r') Σ cᵢ bᵢ aᵢᵀ."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class Components(LowRankPart):
     """c = 0; A, B Kaiming-uniform with gain √2, so B is large and c alone carries the size of ΔW (METHODS 2.2)."""
 
     decay_gates: bool = field(default=False, metadata={"help": "weight decay on c too, as the official code has it"})
+
+    provides: ClassVar[frozenset[str]] = frozenset({"rows", "gates"})
 
     def layer(self, base: nn.Module, rank: int) -> ComponentsLayer:
         d_out, d_in = linear_shape(base)

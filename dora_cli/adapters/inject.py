@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import nn
+from torch.optim import Optimizer
 
 from dora_cli.adapters.base import AdapterLayer
 from dora_cli.errors import UserError
+
+Role = tuple[float | None, bool]  # a rate of its own, or the adapter's; whether weight decay applies
 
 
 class Part(Protocol):
@@ -52,18 +55,41 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def parameter_groups(layers: Mapping[str, AdapterLayer], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups of the adapters' trainable parameters: those that decay, and gates and vectors, which do not."""
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
+    """Optimizer groups of the adapters' trainable parameters, one for each rate and each kind of decay.
+
+    Gates, vectors and magnitudes do not decay. A group names its ``role``, so that parameters find back into it.
+    """
+    groups: list[dict[str, Any]] = []
+    members = _members(layers)
+    for role in dict.fromkeys([*members, *_members(layers, trainable=False)]):
+        rate, decays = role
+        groups.append(
+            {
+                "params": members.get(role, []),
+                "lr": lr if rate is None else rate,
+                "weight_decay": weight_decay if decays else 0.0,
+                "role": role,
+            }
+        )
+    return groups
+
+
+def regroup(layers: Mapping[str, AdapterLayer], optimizer: Optimizer) -> None:
+    """After freezing or thawing: exactly what trains is in the optimizer, in the order of ``parameter_groups``."""
+    members = _members(layers)
+    for group in optimizer.param_groups:
+        if "role" in group:
+            group["params"] = members.get(group["role"], [])
+
+
+def _members(layers: Mapping[str, AdapterLayer], *, trainable: bool = True) -> dict[Role, list[nn.Parameter]]:
+    members: dict[Role, list[nn.Parameter]] = {}
     for layer in layers.values():
         for name, parameter in layer.adapter_parameters().items():
-            if parameter.requires_grad and parameter.numel():
-                (undecayed if name in layer.no_decay else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-        {"params": undecayed, "lr": lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+            if (parameter.requires_grad or not trainable) and parameter.numel():
+                role = (layer.learning_rates.get(name), name not in layer.no_decay)
+                members.setdefault(role, []).append(parameter)
+    return members
 
 
 def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:

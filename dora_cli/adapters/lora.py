@@ -1,7 +1,7 @@
 """Plain LoRA (Hu et al. 2021, arXiv 2106.09685): ΔW = (α/r) B A."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -27,6 +27,17 @@ class LoraLayer(LowRankLayer):
 @dataclass
 class Lora(LowRankPart):
     """A ~ U(±1/√d_in) (Kaiming with a = √5, as the reference library), B = 0 (METHODS 1)."""
+
+    scaling: str = field(
+        default="standard",
+        metadata={"help": "alpha / rank, or alpha / √rank", "choices": ("standard", "rank_stabilised")},
+    )
+
+    def scale(self, start_rank: int) -> float:
+        """rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) divides by √r: the scale does not fade with the rank."""
+        if self.alpha is None or self.scaling == "standard":
+            return super().scale(start_rank)
+        return self.alpha / max(start_rank, 1) ** 0.5
 
     def layer(self, base: nn.Module, rank: int) -> LoraLayer:
         d_out, d_in = linear_shape(base)

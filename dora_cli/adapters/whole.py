@@ -3,26 +3,23 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
 
-@dataclass
-class Full:
-    """Full fine-tuning: no layers are wrapped, every parameter trains and is saved as it is."""
-
-    units: ClassVar[str] = "none"
-    verbs: ClassVar[frozenset[str]] = frozenset()
-    budgeted: ClassVar[bool] = False
-    wraps: ClassVar[bool] = False
-    export: ClassVar[str] = "full"
-    trains_base: ClassVar[bool] = True
+from dora_cli.adapters.base import AdapterPart
 
 
 @dataclass
-class Frozen:
+class Frozen(AdapterPart):
     """A trained head on the frozen base: the control that tells what an adapter adds."""
 
-    units: ClassVar[str] = "none"
-    verbs: ClassVar[frozenset[str]] = frozenset()
     budgeted: ClassVar[bool] = False
     wraps: ClassVar[bool] = False
     export: ClassVar[str] = "full"
-    trains_base: ClassVar[bool] = False
+
+
+@dataclass
+class Full(Frozen):
+    """Full fine-tuning: no layers are wrapped, every parameter trains and is saved as it is."""
+
+    def unfreeze(self, model: nn.Module) -> None:
+        model.requires_grad_(True)

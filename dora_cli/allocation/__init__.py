@@ -18,6 +18,8 @@ SCHEDULES = {
 }
 IMPORTANCES = {
     "component_norm": "dora_cli.allocation.importance.component_norm:ComponentNorm",
+    "gate_size": "dora_cli.allocation.importance.gate_size:GateSize",
+    "gradient": "dora_cli.allocation.importance.gradient:Gradient",
     "sensitivity": "dora_cli.allocation.importance.sensitivity:Sensitivity",
     "ablation": "dora_cli.allocation.importance.ablation:Ablation",
     "freezing_score": "dora_cli.allocation.importance.freezing_score:FreezingScore",

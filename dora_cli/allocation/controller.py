@@ -36,6 +36,7 @@ class Allocation:
         total_steps: optimizer steps T of the run; steps count from 1.
         target: the resolved budget; None where the method has none.
         probe: the loss on a fixed validation batch, for importances that need it.
+        units: what is allocated: ``components``, ``tensors``, or whole ``modules``.
 
     Raises:
         UserError: the schedule's window does not fit the run, or the allocator needs a budget and has none.
@@ -52,21 +53,29 @@ class Allocation:
         total_steps: int,
         target: Target | None = None,
         probe: Callable[[], float] | None = None,
+        units: str = "components",
     ) -> None:
-        self.table = UnitTable(layers)
+        self.table = UnitTable(layers, units)
         self.schedule, self.importance, self.allocator, self.regularizer = schedule, importance, allocator, regularizer
         self.window = allocator.window(schedule, total_steps)
-        self.by_cost = target is not None and target.by_cost and allocator.mode == "shrink"
+        self.by_cost = target is not None and target.by_cost and allocator.mode in ("shrink", "grow")
         self.first, self.last = allocator.bounds(self.table, target)
         self.probe = probe
         self.start_count, self.start_cost = len(self.table), int(self.table.cost.sum())
+        allocator.attach(self.table)
         importance.attach(self.table)
         regularizer.attach(self.table)
 
     @property
     def final_step(self) -> int:
-        """The step of the final choice; 0 where nothing is ever chosen."""
-        return self.window.end if self.allocator.scores else 0
+        """The step of the final choice; 0 where none is made, or where every moment is on budget anyway."""
+        return self.window.end if self.allocator.mode != "static" else 0
+
+    def is_event(self, step: int) -> bool:
+        """Whether the allocator acts after this step."""
+        if self.schedule.one_event and step != self.window.end:
+            return False
+        return self.allocator.is_event(step, self.window)
 
     def on_empty(self, callback: Callable[[str], None]) -> None:
         """Call back with the name of each module in which nothing lives and nothing can return."""
@@ -77,6 +86,7 @@ class Allocation:
         """Add the regularizer's gradient, and take out what belongs to dropped units. Before clipping."""
         if self.regularizer.acts and self.regularizer.active(step, self.window):
             self.regularizer.after_backward(self.table)
+        self.allocator.after_backward(self.table, step, self.window)
         if self.allocator.compacts:
             self.table.mute()
 
@@ -88,9 +98,10 @@ class Allocation:
         """
         if self.regularizer.decoupled and self.regularizer.active(step, self.window):
             self.regularizer.after_step(self.table, self._learning_rate(optimizer))
-        if step <= self.window.end:
+        self.allocator.after_step(self.table, step, self.window)
+        if self.allocator.observes(step, self.window):
             self.importance.update(self.table, step)
-        event = self._act(step, optimizer) if self.allocator.is_event(step, self.window) else None
+        event = self._act(step, optimizer) if self.is_event(step) else None
         self.table.hold()
         self._compact(step, optimizer)
         return event
@@ -112,6 +123,8 @@ class Allocation:
                 optimizer=optimizer,
             )
         )
+        if step == self.window.end:
+            self.table.settle()
         return {
             "step": step,
             "budget": limit,
@@ -148,14 +161,16 @@ class Allocation:
         """What is particular to this method, a row per unit that ever was, for a file beside the adapter.
 
         ``module``, ``order``, ``cost``, ``alive``, ``frozen``; ``gate`` (0 for units that are gone) and ``score`` where
-        the parametrisation and the importance have them. All of shape (n,), on the CPU.
+        the parametrisation and the importance have them, of shape (n,), on the CPU; and what a layer has to say of
+        itself, under its module's name.
         """
         table = self.table
         state = {name: getattr(table, name).clone() for name in ("module", "order", "cost", "alive", "frozen")}
         gate = torch.zeros(len(table))
         for m, layer in enumerate(table.layers):
-            if isinstance(layer, LowRankLayer):
+            if isinstance(layer, LowRankLayer) and table.kind == "components":
                 gate[table.rows[m]] = layer.gates().detach().float().cpu()
+            state |= {f"{table.names[m]}.{name}": value for name, value in layer.side_state().items()}
         state["gate"] = gate
         if self.allocator.scores and "probe" not in self.importance.needs:
             state["score"] = self.importance.scores(table, None).float()
@@ -167,9 +182,13 @@ class Allocation:
         return {
             "table": self.table.state_dict(),
             "importance": self.importance.state_dict(),
+            "allocator": self.allocator.state_dict(),
+            "regularizer": self.regularizer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Give the layers the shapes they had; their values must be loaded afterwards, and the optimizer built."""
         self.table.load_state_dict(state["table"])
         self.importance.load_state_dict(dict(state["importance"]))
+        self.allocator.load_state_dict(dict(state["allocator"]))
+        self.regularizer.load_state_dict(dict(state["regularizer"]))

@@ -57,6 +57,7 @@ class Schedule:
     end: Steps = field(default=0.5, metadata={"help": "final choice: share of the run, or step", "low": 0})
 
     moves: ClassVar[bool] = True
+    one_event: ClassVar[bool] = False  # nothing happens before the end
 
     def __post_init__(self) -> None:
         if isinstance(self.start, int) == isinstance(self.end, int) and self.start > self.end:
@@ -196,6 +197,8 @@ class Step(Schedule):
 @dataclass
 class OneShot(Schedule):
     """Everything until the end, then the final budget at once."""
+
+    one_event: ClassVar[bool] = True
 
     def progress(self, x: float) -> float:
         return 1.0 if x >= 1.0 else 0.0

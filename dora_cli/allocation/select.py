@@ -11,7 +11,7 @@ def ranking(table: UnitTable, scores: Tensor, candidates: Tensor) -> Tensor:
     rows = torch.nonzero(candidates).flatten()
     rows = rows[torch.argsort(table.order[rows], stable=True)]
     rows = rows[torch.argsort(table.module[rows], stable=True)]
-    values = scores[rows].nan_to_num(nan=-torch.inf)
+    values = _prefix_closed(table, rows, scores[rows].nan_to_num(nan=-torch.inf))
     return rows[torch.argsort(values, descending=True, stable=True)]
 
 
@@ -34,3 +34,12 @@ def top(table: UnitTable, scores: Tensor, limit: int, *, by_cost: bool, min_rank
     weight = table.cost[ranked] if by_cost else torch.ones(len(ranked), dtype=torch.long)
     kept = ranked[torch.cumsum(weight, 0) <= limit]
     return torch.zeros(len(table), dtype=torch.bool).index_fill_(0, kept, True)
+
+
+def _prefix_closed(table: UnitTable, rows: Tensor, values: Tensor) -> Tensor:
+    """In nested modules a unit is worth no more than any before it, so that what is kept is always a prefix."""
+    for m, layer in enumerate(table.layers):
+        if layer.nested:
+            mine = table.module[rows] == m
+            values[mine] = values[mine].cummin(0).values
+    return values

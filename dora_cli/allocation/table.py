@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dora_cli.adapters.base import AdapterLayer, LowRankLayer
+from dora_cli.adapters.base import AdapterLayer, LowRankLayer, WholeModule
+from dora_cli.adapters.inject import regroup
 from dora_cli.adapters.resize import check_state, discard, resize
 
 ResizeListener = Callable[[int, Tensor, int], None]  # module, positions kept, units appended
@@ -41,12 +42,18 @@ class Group:
         """(m, r) the gate of every component, 1 where the parametrisation has none."""
         return torch.stack([layer.gates().detach() for layer in self.layers])
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(m, r, d_in) and (m, d_out, r): the factors as they act on the layers' spaces, without gates and scale."""
+        pairs = [layer.factors() for layer in self.layers]
+        return torch.stack([a.detach() for a, _ in pairs]), torch.stack([b.detach() for _, b in pairs])
+
 
 class UnitTable:
     """All units of an adapted model.
 
     Args:
         layers: full module name → layer, in module order.
+        kind: ``components`` or ``tensors``, as the layers have them, or ``modules``: each layer is one unit.
 
     Attributes:
         module, order, cost: (n,) int64, on the CPU.
@@ -56,20 +63,24 @@ class UnitTable:
         rows: per module, which table row each physical unit of its layer is.
     """
 
-    def __init__(self, layers: Mapping[str, AdapterLayer]) -> None:
+    def __init__(self, layers: Mapping[str, AdapterLayer], kind: str = "components") -> None:
+        self.kind = kind
         self._groups: list[Group] | None = None
         self._dead: list[tuple[int, Tensor]] | None = None
         self.names = list(layers)
         self.layers = list(layers.values())
+        # What the verbs go to: the layers, or a view of each as a single unit.
+        self.owners: list[Any] = [WholeModule(layer) if kind == "modules" else layer for layer in self.layers]
         self.module = self.order = self.cost = torch.empty(0, dtype=torch.long)
         self.alive = self.dropped = self.frozen = torch.empty(0, dtype=torch.bool)
         self.rows: list[Tensor] = []
         self.compactions = 0
+        self.settled = False  # the final choice is made
         self.listeners: list[ResizeListener] = []
         self.on_empty: Callable[[str], None] | None = None  # called with a module that can never live again
-        for m, layer in enumerate(self.layers):
-            self.rows.append(self._append(m, layer.unit_costs()))
-            self.frozen[self.rows[m]] = torch.tensor(layer.frozen_units(), dtype=torch.bool)
+        for m, owner in enumerate(self.owners):
+            self.rows.append(self._append(m, owner.unit_costs()))
+            self.frozen[self.rows[m]] = torch.tensor(owner.frozen_units(), dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.module)
@@ -123,27 +134,64 @@ class UnitTable:
             self.dropped = self.dropped | closing
             self._changed()
         for m, positions in self._positions(closing):
-            self.layers[m].silence(positions)
+            self.owners[m].silence(positions)
 
     def drop(self, mask: Tensor) -> None:
         """Drop the units of ``mask`` at once; the others stay as they are."""
         self.keep(self.alive & ~mask, final=True)
 
+    def settle(self) -> None:
+        """The final choice is made; whatever is stochastic about it ends."""
+        self.settled = True
+        for layer in self.layers:
+            layer.settle()
+
     def freeze(self, mask: Tensor, optimizer: Optimizer | None = None) -> None:
-        """Stop training the units of ``mask``; what is frozen leaves the optimizer."""
+        """Stop training the units of ``mask``. Given the optimizer, they leave it, moments and all."""
         for m, positions in self._positions(mask & ~self.frozen):
-            self.layers[m].freeze(positions)
+            self.owners[m].freeze(positions)
             if optimizer is not None:
                 discard([p for p in self.layers[m].adapter_parameters().values() if not p.requires_grad], optimizer)
         self.frozen = self.frozen | mask
 
-    def grow(self, module: int, n: int, optimizer: Optimizer | None = None) -> Tensor:
-        """Add ``n`` living units to a module that leave the function as it is; returns their table rows."""
+    def thaw(self, mask: Tensor, optimizer: Optimizer | None = None) -> None:
+        """Let the units of ``mask`` train again; they find back into the optimizer."""
+        for m, positions in self._positions(mask & self.frozen):
+            self.owners[m].thaw(positions)
+        self.frozen = self.frozen & ~mask
+        if optimizer is not None:
+            regroup(self.by_name(), optimizer)
+
+    def switch(self, mask: Tensor) -> None:
+        """Of units that are modules, exactly those of ``mask`` contribute; the others are off, and may return."""
+        for m, _ in self._positions(~mask & self.alive):
+            self.owners[m].silence(None)
+        for m, _ in self._positions(mask & ~self.alive):
+            self.owners[m].restore(None)
+        self.alive = mask.clone()
+
+    def grow(self, module: int, n: int, optimizer: Optimizer | None = None, *, alive: bool = True) -> Tensor:
+        """Add ``n`` units to a module that leave the function as it is; returns their table rows.
+
+        Units that are not ``alive`` yet train beside the others and count for nothing until they are woken.
+        """
         layer = self.layers[module]
         self._resize(module, torch.arange(len(self.rows[module])), n, optimizer)
         new = self._append(module, layer.unit_costs()[-n:])
         self.rows[module] = torch.cat([self.rows[module], new])
+        self.alive[new] = alive
         return new
+
+    def wake(self, rows: Tensor) -> None:
+        """Units that were grown before their time live from now on."""
+        self.alive[rows] = True
+
+    def by_name(self) -> dict[str, AdapterLayer]:
+        return dict(zip(self.names, self.layers, strict=True))
+
+    def positions(self, mask: Tensor) -> Iterator[tuple[AdapterLayer, Tensor]]:
+        """(layer, physical positions of the masked units, on its device) for the layers that have any."""
+        return ((self.layers[m], positions) for m, positions in self._positions(mask))
 
     def hold(self) -> None:
         """Keep dropped units closed that still have rows; after every optimizer step."""
@@ -168,10 +216,7 @@ class UnitTable:
             self._resize(m, living, 0, optimizer)
             self.rows[m] = self.rows[m][living]
             if len(living) == 0:
-                if optimizer is not None:
-                    discard(list(self.layers[m].adapter_parameters().values()), optimizer)
-                if self.on_empty is not None:
-                    self.on_empty(self.names[m])
+                self._empty(m, optimizer)
         if dead and optimizer is not None:
             check_state(optimizer)
         self.compactions += bool(dead)
@@ -180,7 +225,8 @@ class UnitTable:
     # ---- state ---------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         tensors = {k: getattr(self, k) for k in ("module", "order", "cost", "alive", "dropped", "frozen")}
-        return tensors | {"compactions": self.compactions} | {f"rows.{m}": rows for m, rows in enumerate(self.rows)}
+        numbers = {"compactions": self.compactions, "settled": int(self.settled)}
+        return tensors | numbers | {f"rows.{m}": rows for m, rows in enumerate(self.rows)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved table, giving each layer the physical rows it had then (values are loaded elsewhere)."""
@@ -190,13 +236,18 @@ class UnitTable:
             if len(rows) != len(self.rows[m]):
                 self._resize(m, kept, len(rows) - len(kept), None)
             self.rows[m] = rows
-            if len(rows) == 0 and self.on_empty is not None:
-                self.on_empty(self.names[m])
+            if len(rows) == 0:
+                self._empty(m, None)
         for k in ("module", "order", "cost", "alive", "dropped", "frozen"):
             setattr(self, k, state[k])
         self.compactions = int(state["compactions"])
         for m, positions in self._positions(self.frozen):
-            self.layers[m].freeze(positions)
+            self.owners[m].freeze(positions)
+        if self.kind == "modules":
+            for m, _ in self._positions(~self.alive):
+                self.owners[m].silence(None)
+        if state["settled"]:
+            self.settle()
         self._changed()
 
     # ---- inside --------------------------------------------------------------------------------------------------
@@ -211,6 +262,15 @@ class UnitTable:
         self.frozen = torch.cat([self.frozen, torch.zeros(n, dtype=torch.bool)])
         self._changed()
         return torch.arange(first, first + n)
+
+    def _empty(self, module: int, optimizer: Optimizer | None) -> None:
+        """Nothing lives in a module any more: where nothing else of it matters, it is its base layer again."""
+        if not self.layers[module].removable:
+            return
+        if optimizer is not None:
+            discard(list(self.layers[module].adapter_parameters().values()), optimizer)
+        if self.on_empty is not None:
+            self.on_empty(self.names[module])
 
     def _resize(self, module: int, keep: Tensor, n_new: int, optimizer: Optimizer | None) -> None:
         resize(self.layers[module], keep, n_new, optimizer)

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from dora_cli.config.recipes import choices, sentences
+from dora_cli.config.recipes import offered, sentences
 from dora_cli.config.schema import MISSING, PART_GROUPS, Config
 
 WIDTH = 80
@@ -38,7 +38,7 @@ EXIT_CODES = {
 
 def train_help(folders: Sequence[Path]) -> str:
     """The text of ``dora-train --help``; ``folders`` are where recipes lie."""
-    parts = {group: ", ".join(choices(group, folders)) for group in (*PART_GROUPS, "model", "data")}
+    parts = {group: ", ".join(offered(group, folders)) for group in (*PART_GROUPS, "model", "data")}
     return "\n".join(
         [
             "usage: dora-train recipe=NAME_OR_FILE.yaml [budget=B] [method=M] [key=value …]",

@@ -1,18 +1,9 @@
 """The five parts of a method, loaded: configuration does not import them itself."""
 
-from dora_cli.adapters import ADAPTERS
-from dora_cli.allocation import ALLOCATORS, IMPORTANCES, REGULARIZERS, SCHEDULES
-from dora_cli.registry import load
-
-TABLES = {
-    "adapter": ADAPTERS,
-    "importance": IMPORTANCES,
-    "schedule": SCHEDULES,
-    "allocator": ALLOCATORS,
-    "regularizer": REGULARIZERS,
-}
+from dora_cli.registry import PART_TABLES, load, part_table
 
 
 def load_parts() -> dict[str, dict[str, type]]:
     """Group → name → the part's dataclass. Imports torch."""
-    return {group: {name: load(table, name, key=group) for name in table} for group, table in TABLES.items()}
+    tables = {group: part_table(group) for group in PART_TABLES}
+    return {group: {name: load(table, name, key=group) for name in table} for group, table in tables.items()}

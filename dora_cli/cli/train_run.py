@@ -238,15 +238,20 @@ def _low_rank(session: Session, name: str) -> LowRank:
     """The living components of one target module; none where it has no adapter (any more)."""
     table = session.allocation.table
     if name not in session.layers:
-        module = session.model.get_submodule(name)
-        d_out, d_in = linear_shape(module)
-        return LowRank(name, torch.empty(0, d_in), torch.empty(d_out, 0), is_transposed(module))
+        return _nothing(name, session.model.get_submodule(name))
     layer = session.layers[name]
     a, b = layer.low_rank()
-    if session.composed.parts["adapter"].units == "components":
+    if not layer.active:
+        return _nothing(name, layer.base_layer)
+    if table.kind == "components":
         living = table.alive[table.rows[table.names.index(name)]].to(a.device)
         a, b = a[living], b[:, living]
     return LowRank(name, a.cpu(), b.cpu(), layer.transposed)
+
+
+def _nothing(name: str, module: torch.nn.Module) -> LowRank:
+    d_out, d_in = linear_shape(module)
+    return LowRank(name, torch.empty(0, d_in), torch.empty(d_out, 0), is_transposed(module))
 
 
 def _model_config(model: Any) -> dict[str, Any]:

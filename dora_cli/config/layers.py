@@ -23,6 +23,7 @@ from dora_cli.config.overrides import quote
 from dora_cli.config.recipes import GLOBAL_GROUPS, GROUPS, HEADER, check_choice, choices, is_file, recipes_dir
 from dora_cli.config.sources import SWEEP, Leaf, Source, place, read
 from dora_cli.errors import UserError
+from dora_cli.registry import PART_TABLES, part_table
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 
@@ -175,7 +176,7 @@ def opened(recipe: Recipe, schema: type, folders: Sequence[Path], lines: Sequenc
         lines: overrides in Hydra's grammar, ``recipe=`` left out.
     """
     with TemporaryDirectory(prefix="dora-config-") as top:
-        _stage(Path(top), recipe)
+        _stage(Path(top), recipe, folders)
         search = ",".join(quote(f"file://{folder}") for folder in folders)
         ConfigStore.instance().store("schema", schema)
         with initialize_config_dir(top, job_name="dora-train", version_base="1.3"):
@@ -183,8 +184,14 @@ def opened(recipe: Recipe, schema: type, folders: Sequence[Path], lines: Sequenc
             yield Composition(Path(top), recipe, folders, all_lines)
 
 
-def _stage(top: Path, recipe: Recipe) -> None:
-    """Write what must win over every other folder: our primary configuration, and the recipe with its header."""
+def _stage(top: Path, recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Write what must win over every other folder: our primary configuration, and the recipe with its header.
+
+    A part's file would say nothing but its name, so it is written here, unless someone has one of their own.
+    """
+    for group in PART_TABLES:
+        for name in set(part_table(group)) - set(choices(group, folders)):
+            _write(top, f"{group}/{name}", f"name: {name}\n")
     shutil.copyfile(recipes_dir() / "config.yaml", top / "config.yaml")
     text = recipe.source.text
     if not re.match(r"\s*#\s*@package\b", text):

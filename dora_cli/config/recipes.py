@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dora_cli.config.schema import PART_GROUPS
 from dora_cli.errors import UserError
-from dora_cli.registry import did_you_mean
+from dora_cli.registry import did_you_mean, part_table
 
 GROUPS = ("recipe", "method", "model", "data", *PART_GROUPS)
 GLOBAL_GROUPS = ("recipe", "method", "tuned")  # their files speak of the whole configuration, not of their own group
@@ -41,6 +41,11 @@ def choices(group: str, folders: Sequence[Path]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def offered(group: str, folders: Sequence[Path]) -> list[str]:
+    """Every name that ``group`` offers: files, and parts, which need no file to be chosen."""
+    return sorted({*choices(group, folders), *part_table(group)})
+
+
 def check_choice(group: str, name: str, folders: Sequence[Path], where: str | None = None) -> None:
     """Refuse a name that ``group`` does not offer, with its neighbours. A recipe may also be a file.
 
@@ -51,12 +56,12 @@ def check_choice(group: str, name: str, folders: Sequence[Path], where: str | No
         if not Path(name).expanduser().is_file():
             raise UserError(f"recipe={name}: there is no such file", where=where)
         return
-    offered = choices(group, folders)
-    if name not in offered:
+    names = offered(group, folders)
+    if name not in names:
         config = Path(name).expanduser() / "config.yaml"
         if group == "recipe" and config.is_file():
             raise UserError(f"recipe={name} is a folder", where=where, hint=f"did you mean recipe={config}?")
-        raise UserError(f"unknown {group} '{name}'", where=where, hint=did_you_mean(name, offered))
+        raise UserError(f"unknown {group} '{name}'", where=where, hint=did_you_mean(name, names))
 
 
 def check_names(overrides: Iterable[str], folders: Sequence[Path]) -> None:

@@ -59,7 +59,8 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
             meter.add(loss.detach() / count)
 
         session.allocation.after_backward(step)
-        trained = [p for group in session.optimizer.param_groups for p in group["params"]]
+        # In the model's order, which freezing, thawing and resuming leave alone: the norm is then the same to the bit.
+        trained = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm) if config.clip_norm else None
         session.optimizer.step()
         event = session.allocation.after_step(step, session.optimizer)
@@ -68,6 +69,7 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
         session.optimizer.zero_grad(set_to_none=True)
         progress.step = step
         meter.step()
+        progress.trained += sum(p.numel() for p in trained)
 
         if event is not None:
             progress.events.append(event)

@@ -27,7 +27,8 @@ def build_optimizer(
         # Biases and norms (vectors) are not decayed.
         groups.append({"params": [p for _, p in named if p.dim() > 1], "lr": rate, "weight_decay": config.weight_decay})
         groups.append({"params": [p for _, p in named if p.dim() <= 1], "lr": rate, "weight_decay": 0.0})
-    return torch.optim.AdamW([g for g in groups if g["params"]], fused=True)
+    # Adapters' groups stay even when empty: what is frozen now may be thawed.
+    return torch.optim.AdamW([g for g in groups if g["params"] or "role" in g], fused=True)
 
 
 def warmup_steps(warmup: float | int, total: int) -> int:

@@ -70,12 +70,12 @@ def _adapter(session: Session) -> dict[str, str]:
         trained = sum(p.numel() for p in session.trained_parameters().values())
         return {"trained": f"{trained:,} parameters of the model itself; the budget does not apply"}
     allocation = session.allocation
-    unit = session.composed.parts["adapter"].units
+    unit = allocation.table.kind
     lines = {
         "start": f"{allocation.start_count:,} {unit}, {allocation.start_cost:,} parameters "
         f"(rank {_range(session.start_ranks)})"
     }
-    if allocation.allocator.mode == "shrink":
+    if allocation.allocator.mode in ("shrink", "grow"):
         what = "parameters at most" if allocation.by_cost else unit
         lines["end"] = f"{allocation.last:,} {what} (budget={session.config.budget})"
     elif session.config.budget is not None:
@@ -86,7 +86,7 @@ def _adapter(session: Session) -> dict[str, str]:
 def _schedule(session: Session) -> dict[str, str]:
     allocation = session.allocation
     window = allocation.window
-    events = [t for t in range(1, window.end + 1) if allocation.allocator.is_event(t, window)]
+    events = [t for t in range(1, window.end + 1) if allocation.is_event(t)]
     shown = sorted({events[round(i * (len(events) - 1) / 4)] for i in range(5)})  # the first, the last, some between
     counts = [f"{allocation.schedule.count(s, window, allocation.first, allocation.last):,}" for s in shown]
     what = " parameters at most" if allocation.by_cost else ""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dora_cli.adapters.base import AdapterLayer, linear_shape
 from dora_cli.adapters.inject import inject, remove
 from dora_cli.allocation import rules
-from dora_cli.allocation.budget import Budget, Target, parse_budget, resolve, spread
+from dora_cli.allocation.budget import Budget, Target, check_reachable, parse_budget, resolve, spread
 from dora_cli.allocation.controller import Allocation
 from dora_cli.config.schema import Config
 from dora_cli.data.batching import LengthGroupedBatches, batches
@@ -132,7 +132,8 @@ def build(composed: Composed) -> Session:
         UserError: whatever in the configuration, the data or the model does not fit.
     """
     config, parts = composed.config, composed.parts
-    rules.check(**parts, names=composed.names)
+    units = rules.check(**parts, names=composed.names)
+    _check_values(composed)
     budget = _budget(composed)
     device = pick_device(config.train.device)
 
@@ -151,18 +152,26 @@ def build(composed: Composed) -> Session:
     model = loaded.model
     encoded = {role: task.encode(split, loaded.tokenizer) for role, split in rows.splits.items()}
 
-    model.requires_grad_(not parts["adapter"].wraps and parts["adapter"].trains_base)
+    model.requires_grad_(False)
+    parts["adapter"].unfreeze(model)
     for name in loaded.head_modules:
         model.get_submodule(name).requires_grad_(True)
     targets, ranks, target = _targets(composed, model, loaded.head_modules, budget)
+    model.to(device)
+    plan = LengthGroupedBatches(encoded["train"].lengths, config.train.batch_size, config.seed)
+    start = getattr(parts["adapter"], "start", lambda: None)()
+    if start is not None:
+        by_cost = target is not None and target.by_cost and parts["allocator"].mode not in ("shrink", "grow")
+        ranks = _looked(start, model, targets, ranks, parts["adapter"], by_cost, task, encoded, plan, device)
     wrapped = {n: r for n, r in zip(targets, ranks, strict=True) if r > 0 or parts["allocator"].grows}
     seed_everything(config.seed)
     layers = inject(model, list(wrapped), parts["adapter"], list(wrapped.values()))
-    model.to(device)
+    if start is not None:
+        for name, layer in layers.items():
+            start.fill(name, layer)
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)
 
-    plan = LengthGroupedBatches(encoded["train"].lengths, config.train.batch_size, config.seed)
     steps_per_epoch = ceil(len(plan) / config.train.accumulation)
     total_steps = config.train.max_steps or ceil(config.train.epochs * len(plan) / config.train.accumulation)
     allocation = Allocation(
@@ -174,6 +183,7 @@ def build(composed: Composed) -> Session:
         total_steps=total_steps,
         target=target,
         probe=_probe(model, task, encoded, parts["importance"], device),
+        units=units,
     )
     allocation.on_empty(lambda name: remove(model, name))
     optimizer = build_optimizer(model, layers, loaded.head_modules, config.train)
@@ -206,21 +216,75 @@ def _checkpoint_activations(model: Any) -> None:
     (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
+def _check_values(composed: Composed) -> None:
+    """What the parts' options and the training options must agree on."""
+    parts, config = composed.parts, composed.config
+    parts["allocator"].check(config.train.learning_rate)
+    start = getattr(parts["adapter"], "start", lambda: None)()
+    lacking = start.needs - parts["adapter"].provides if start else frozenset()
+    if lacking:
+        raise UserError(
+            f"adapter.init={parts['adapter'].init} needs {', '.join(sorted(lacking))}, which "
+            f"adapter={composed.names['adapter']} does not have",
+            hint="use adapter.init=default, or another adapter",
+        )
+    if config.export == "uniform" and parts["adapter"].export not in ("lora", "decomposed"):
+        raise UserError(
+            f"export=uniform: the update of method={composed.method} is no pair of low-rank factors",
+            where="servers read low-rank adapters only",
+            hint="merge it: save.merged=true writes RUN/merged, or use dora-merge checkpoint=RUN out=DIR afterwards",
+        )
+
+
+def _looked(
+    start: Any,
+    model: nn.Module,
+    targets: list[str],
+    ranks: list[int],
+    adapter: Any,
+    by_cost: bool,
+    task: Task,
+    encoded: Mapping[str, Encoded],
+    plan: LengthGroupedBatches,
+    device: torch.device,
+) -> list[int]:
+    """Let a data-driven start look at the bare model's inputs; returns the ranks as it redistributes them."""
+    if not start.looks:
+        return ranks
+    batch_indices = plan.epoch(0)
+
+    def forwards() -> Iterator[None]:
+        with torch.no_grad():
+            for batch in batches(encoded["train"], batch_indices, workers=0, pin=False, skip=0):
+                task.loss(model, {k: v.to(device) for k, v in batch.items()})
+                yield
+
+    model.eval()
+    costs = [adapter.unit_cost(*linear_shape(model.get_submodule(name))) for name in targets]
+    start.observe(model, targets, ranks, forwards)
+    model.train()
+    return start.redistribute(ranks, costs, by_cost=by_cost)
+
+
 def _budget(composed: Composed) -> Budget | None:
     """The budget as asked, or None where the method has none; refused early where it can't be read."""
     budget = parse_budget(composed.config.budget)
     adapter = composed.parts["adapter"]
     if not adapter.budgeted:
         return None
-    if budget is None and composed.parts["allocator"].mode == "shrink":
+    allocator = composed.parts["allocator"]
+    if budget is None and allocator.mode in ("shrink", "grow"):
         raise UserError(
-            f"method={composed.method} shrinks to a budget, but none is set",
+            f"method={composed.method} works towards a budget, but none is set",
             hint="set for example budget=r8 (average rank), budget=0.1 (share) or budget=340k (parameters)",
         )
     if budget is None and adapter.rank is None:
         raise UserError("neither budget nor adapter.rank says how large the adapter is", hint="set budget=r8")
     if budget is not None and budget.kind == "share" and adapter.rank is None:
         resolve(budget, [1], None, shrinks=False)  # refuses: a share needs a rank
+    if budget is not None:
+        floor = max(adapter.min_rank, getattr(allocator, "min_rank", 0))
+        check_reachable(budget, allocator.mode, adapter.rank, floor, composed.method)
     return budget
 
 
@@ -232,20 +296,30 @@ def _targets(
     if not adapter.wraps:
         return [], [], None
     names = find_targets(model, adapter.targets, exclude=head_modules)
-    costs = [sum(linear_shape(model.get_submodule(name))) for name in names]
+    costs = [adapter.unit_cost(*linear_shape(model.get_submodule(name))) for name in names]
     if budget is None:
         return names, [adapter.rank] * len(names), None
+    if allocator.mode == "grow":
+        rank = adapter.rank or 1
+        target = resolve(budget, costs, rank, shrinks=False)
+        if target.by_cost and target.limit <= rank * sum(costs):
+            raise UserError(
+                f"budget={budget.text} is no more than the adapter starts with",
+                where=f"{len(names)} modules × rank {rank} = {rank * sum(costs):,} parameters",
+                hint="raise the budget",
+            )
+        return names, [rank] * len(names), target
     shrinks = allocator.mode == "shrink"
     rank = adapter.rank if adapter.rank is not None else budget.start_rank(costs)
     target = resolve(budget, costs, rank, shrinks=shrinks)
     if not shrinks:
         return names, spread(target, costs), target
-    floor = getattr(allocator, "min_rank", 0)
+    floor = max(adapter.min_rank, getattr(allocator, "min_rank", 0))
     if floor * (sum(costs) if target.by_cost else len(costs)) > target.limit:
         raise UserError(
-            f"allocator.min_rank={floor} asks for more than budget={budget.text} keeps",
+            f"each module must keep {floor} components at least, which is more than budget={budget.text} leaves",
             where=f"{len(names)} modules × {floor} against {target.limit:,}",
-            hint="lower allocator.min_rank or raise the budget",
+            hint="raise the budget, or lower allocator.min_rank where the method allows it",
         )
     assert rank is not None
     return names, [rank] * len(names), target

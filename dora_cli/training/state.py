@@ -25,6 +25,7 @@ class Progress:
     best: dict[str, Any] | None = None  # {step, name, value, metrics}
     last: dict[str, Any] | None = None
     waited: int = 0  # evaluations since the best
+    trained: int = 0  # trainable parameters, summed over steps
     pending_loss: float = 0.0  # of the steps since the last log
     pending_steps: int = 0
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -135,7 +136,7 @@ def _split(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], d
 
 
 def _join(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    state: dict[str, dict[str, Any]] = {"table": {}, "importance": {}}
+    state: dict[str, dict[str, Any]] = {part: {} for part in ("table", "importance", "allocator", "regularizer")}
     for full_key, value in {**tensors, **rest}.items():
         part, key = full_key.split(SEPARATOR, 1)
         state[part][key] = value

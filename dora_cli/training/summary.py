@@ -32,9 +32,10 @@ def summarise(session: Session, progress: Progress) -> dict[str, Any]:
             "params_start": allocation.start_cost,
             "params_end": table.alive_cost(),
         },
-        "unit": session.composed.parts["adapter"].units,  # what components_* count
+        "unit": table.kind if session.layers else "none",  # what components_* count
         "head_params": head,
         "trained_params": sum(p.numel() for p in session.trained_parameters().values()),
+        "trained_params_mean": round(progress.trained / max(progress.step, 1)),  # over the run's steps
         "metrics": chosen["metrics"] if chosen else {},
         "best": _brief(progress.best),
         "last": _brief(progress.last),
@@ -55,10 +56,10 @@ def summarise(session: Session, progress: Progress) -> dict[str, Any]:
 
 def rank_map(session: Session) -> dict[str, int]:
     """Living components of every target module, those without an adapter included."""
-    if session.composed.parts["adapter"].units == "components":
+    if session.allocation.table.kind == "components":
         living = session.allocation.table.ranks()
     else:
-        living = {name: layer.rank for name, layer in session.layers.items()}
+        living = {name: layer.rank if layer.active else 0 for name, layer in session.layers.items()}
     return {name: living.get(name, 0) for name in session.targets}
 
 

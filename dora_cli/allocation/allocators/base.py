@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -35,14 +35,16 @@ class Event:
 
 
 class Allocator:
-    """Decides who lives. ``verbs`` are those it uses on units, ``units`` the kinds of unit it can act on.
+    """Decides who lives. ``verbs`` are those it uses on units, ``units`` the kinds of unit it can act on, ``needs``
+    what the adapter must provide.
 
-    ``mode`` says how the budget is met: ``shrink`` from the start rank to it, ``constant`` on it throughout, ``static``
-    spread evenly and never moved.
+    ``mode`` says how the budget is met: ``shrink`` from the start rank to it, ``grow`` from the start rank to it,
+    ``constant`` on it throughout, ``static`` spread evenly and never moved.
     """
 
     verbs: ClassVar[frozenset[str]] = frozenset()
     units: ClassVar[frozenset[str]] = frozenset({"components"})
+    needs: ClassVar[frozenset[str]] = frozenset()
     mode: ClassVar[str] = "shrink"
     scores: ClassVar[bool] = True  # whether it asks for scores
     compacts: ClassVar[bool] = True  # whether dropped units leave their tensors, and weigh nothing in clipping
@@ -53,8 +55,18 @@ class Allocator:
     def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
         """What the schedule counts from and to."""
         if target is None:
-            raise UserError("this method shrinks to a budget, but none is set", hint="set for example budget=r8")
-        return (int(table.cost.sum()) if target.by_cost else len(table)), target.limit
+            raise UserError("this method works towards a budget, but none is set", hint="set for example budget=r8")
+        return (table.alive_cost() if target.by_cost else table.alive_count()), target.limit
+
+    def attach(self, table: UnitTable) -> None:
+        """Take hold of the table before the optimizer is built."""
+
+    def check(self, learning_rate: float) -> None:
+        """Refuse options that cannot work at this peak rate, before any model loads.
+
+        Raises:
+            UserError: naming the option.
+        """
 
     def window(self, schedule: Schedule, total: int) -> Window:
         """The steps in which this allocator acts; the last one is the final choice.
@@ -78,6 +90,23 @@ class Allocator:
             return True
         return window.start <= step < window.end and (step - window.start) % self.steps_between(window.total) == 0
 
+    def observes(self, step: int, window: Window) -> bool:
+        """Whether the importance looks at this step."""
+        return step <= window.end
+
+    def after_backward(self, table: UnitTable, step: int, window: Window) -> None:
+        """Change gradients, at every step before clipping."""
+
+    def after_step(self, table: UnitTable, step: int, window: Window) -> None:
+        """Change parameters, at every step after the optimizer's and before scores and events."""
+
     def act(self, event: Event) -> None:
         """Use the verbs."""
         raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What exact resume needs beside the table: tensors and plain numbers, one level deep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass

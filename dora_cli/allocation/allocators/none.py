@@ -11,7 +11,7 @@ from dora_cli.allocation.table import UnitTable
 
 @dataclass
 class NoAllocator(Allocator):
-    units: ClassVar[frozenset[str]] = frozenset({"components", "tensors", "none"})
+    units: ClassVar[frozenset[str]] = frozenset({"components", "tensors", "modules", "none"})
     mode: ClassVar[str] = "static"
     scores: ClassVar[bool] = False
 

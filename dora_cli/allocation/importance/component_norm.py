@@ -43,6 +43,6 @@ class ComponentNorm(FlatScores):
     def update(self, table: UnitTable, step: int) -> None:
         smoothed = self._extended(table)
         for group in table.groups():
-            norms, total = component_norms(group.stack("a"), group.stack("b"), group.gates())
+            norms, total = component_norms(*group.factors(), group.gates())
             share = norms / (total + EPSILON)[:, None]
             smoothed[group.index] = self.beta * smoothed[group.index] + (1 - self.beta) * share.to(smoothed.dtype)

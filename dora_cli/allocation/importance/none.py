@@ -12,7 +12,7 @@ from dora_cli.errors import UserError
 
 @dataclass
 class NoImportance(Importance):
-    units: ClassVar[frozenset[str]] = frozenset({"components", "tensors", "none"})
+    units: ClassVar[frozenset[str]] = frozenset({"components", "tensors", "modules", "none"})
 
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
         raise UserError("importance=none scores nothing", hint="choose an importance, or allocator=none")

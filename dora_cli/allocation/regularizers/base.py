@@ -1,7 +1,7 @@
 """What is added to the loss: given as a closed-form gradient, so no graph is built and nothing is formed twice."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ class Regularizer:
     """``weight`` times R is added to the loss; subclasses give R and its gradient over groups of one shape."""
 
     units: ClassVar[frozenset[str]] = frozenset({"components"})
+    needs: ClassVar[frozenset[str]] = frozenset()  # what the adapter must provide
     acts: ClassVar[bool] = True
 
     weight: float
@@ -38,6 +39,12 @@ class Regularizer:
 
     def after_step(self, table: UnitTable, learning_rate: float) -> None:
         """Move the parameters, where the regularizer is decoupled from the optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 def add_to_gradients(parameters: Sequence[nn.Parameter], directions: Tensor, scale: float) -> None:

@@ -9,7 +9,7 @@ from dora_cli.allocation.table import UnitTable
 
 @dataclass
 class NoRegularizer(Regularizer):
-    units: ClassVar[frozenset[str]] = frozenset({"components", "tensors", "none"})
+    units: ClassVar[frozenset[str]] = frozenset({"components", "tensors", "modules", "none"})
     acts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -1,0 +1,23 @@
+"""BitFit (Ben Zaken et al., ACL 2022, arXiv 2106.10199): only the biases train. No budget applies."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from dora_cli.adapters.whole import Frozen
+from dora_cli.errors import UserError
+
+
+@dataclass
+class Bitfit(Frozen):
+    """Every bias of the base trains, those of the layer norms included; saved and merged as whole parameters."""
+
+    def unfreeze(self, model: nn.Module) -> None:
+        biases = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+        if not biases:
+            raise UserError(
+                f"adapter=bitfit trains biases, but {type(model).__name__} has none",
+                hint="choose another method, such as method=lora",
+            )
+        for bias in biases:
+            bias.requires_grad_(True)

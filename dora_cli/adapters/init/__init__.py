@@ -1,0 +1,6 @@
+"""Where an adapter's factors start, beside each adapter's own way (``default``). Imports nothing by itself."""
+
+INITS = {
+    "eva": "dora_cli.adapters.init.eva:Eva",
+    "open_gates": "dora_cli.adapters.init.open_gates:OpenGates",
+}

@@ -1,0 +1,22 @@
+"""Open gates over a closed product (SoRA's start, Ding et al., EMNLP 2023, arXiv 2311.11696): c ~ N(0, 1), B = 0."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from dora_cli.adapters.init.base import Init
+
+
+@dataclass
+class OpenGates(Init):
+    """A ~ U(±1/√d_in) and B = 0 as in LoRA, so the start is the identity, but gates that are open and differ."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gates"})
+
+    def fill(self, name: str, layer: Any) -> None:
+        with torch.no_grad():
+            bound = layer.d_in**-0.5
+            layer.a.uniform_(-bound, bound)
+            layer.b.zero_()
+            layer.c.normal_()

@@ -1,0 +1,32 @@
+"""What the loss would lose with a component, to first order: ALoRA's ablation without its forward passes (METHODS 5)."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from dora_cli.allocation.importance.base import FlatScores
+from dora_cli.allocation.table import UnitTable
+
+
+@dataclass
+class Gradient(FlatScores):
+    """|∂L/∂g| for a factor g = 1 before each component, smoothed: S(M) − S(M∖r) ≈ −∂L/∂g.
+
+    By the chain rule ∂L/∂g is the product of the valve with its own gradient, summed over the component: c · ∂L/∂c, or
+    ⟨b, ∂L/∂b⟩ where there are no gates. So one backward pass, the training step's own, scores every component.
+    """
+
+    beta: float = field(default=0.9, metadata={"help": "smoothing of the scores", "low": 0.0, "below": 1.0})
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
+
+    def update(self, table: UnitTable, step: int) -> None:
+        smoothed = self._extended(table)
+        for group in table.groups():
+            valve, axis = group.layers[0].valve, group.layers[0].unit_axes[group.layers[0].valve]
+            pairs = [(getattr(layer, valve).detach(), getattr(layer, valve).grad) for layer in group.layers]
+            now = torch.stack([v * (torch.zeros_like(v) if g is None else g) for v, g in pairs])
+            if now.dim() > 2:
+                now = now.sum(2 - axis)  # over the entries: the axis, of the two behind the modules, without units
+            smoothed[group.index] = self.beta * smoothed[group.index] + (1 - self.beta) * now.abs().to(smoothed.dtype)
