@@ -23,6 +23,7 @@ IMPORTANCES = {
     "sensitivity": "dora_cli.allocation.importance.sensitivity:Sensitivity",
     "ablation": "dora_cli.allocation.importance.ablation:Ablation",
     "freezing_score": "dora_cli.allocation.importance.freezing_score:FreezingScore",
+    "displacement": "dora_cli.allocation.importance.displacement:Displacement",
     "random": "dora_cli.allocation.importance.random:Random",
     "none": "dora_cli.allocation.importance.none:NoImportance",
 }
@@ -30,7 +31,10 @@ ALLOCATORS = {
     "prune": "dora_cli.allocation.allocators.prune:Prune",
     "prune_official": "dora_cli.allocation.allocators.prune_official:PruneOfficial",
     "prune_and_reallocate": "dora_cli.allocation.allocators.prune_and_reallocate:PruneAndReallocate",
+    "exchange": "dora_cli.allocation.allocators.exchange:Exchange",
+    "soft_threshold": "dora_cli.allocation.allocators.soft_threshold:SoftThreshold",
     "freeze": "dora_cli.allocation.allocators.freeze:Freeze",
+    "kill_and_revive": "dora_cli.allocation.allocators.kill_and_revive:KillAndRevive",
     "none": "dora_cli.allocation.allocators.none:NoAllocator",
 }
 REGULARIZERS = {

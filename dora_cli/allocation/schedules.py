@@ -115,6 +115,8 @@ class CubicEarly(Schedule):
 
 @dataclass
 class Linear(Schedule):
+    """g = 1 − x."""
+
     def progress(self, x: float) -> float:
         return x
 

@@ -94,7 +94,7 @@ def _schedule(session: Session) -> dict[str, str]:
         "window": f"steps {window.start} to {window.end} of {window.total}, {len(events)} allocation event(s)",
         "alive": " → ".join(counts) + f"{what}, after the events at steps " + ", ".join(map(str, shown)),
     }
-    if getattr(allocation.allocator, "revive", False):
+    if getattr(allocation.allocator, "revive", False) and len(events) > 1:
         lines["revival"] = "until the last event pruned components keep training and may return, so the steps before"
         lines["revival"] += f" {window.end} cost as much as at the start (allocator.revive=false drops at once)"
     return lines

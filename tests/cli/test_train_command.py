@@ -12,7 +12,7 @@ import yaml
 from dora_cli.cli import train as command
 from dora_cli.cli.parts import load_parts
 from dora_cli.config.compose import compose
-from dora_cli.config.recipes import PART_GROUPS, choices, recipes_dir
+from dora_cli.config.recipes import PART_GROUPS, choices, offered, recipes_dir
 from dora_cli.registry import PART_TABLES, part_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,9 +62,17 @@ def test_every_tuned_pair_composes_and_all_its_options_are_read(parts, pair):
     assert {line.split("=")[0] for line in run.dropped} <= {"adapter.rank"}  # the recipe's, where no rank is read
 
 
-def test_groups_offer_exactly_the_parts_that_there_are():
-    for group, table in ((g, part_table(g)) for g in PART_TABLES):
-        assert set(choices(group, [recipes_dir()])) == set(table)
+def test_a_part_is_offered_by_its_line_in_a_table_alone():
+    for group in PART_TABLES:
+        assert offered(group, [recipes_dir()]) == sorted(part_table(group))
+        assert not (recipes_dir() / group).exists()
+
+
+def test_a_users_own_file_for_a_part_wins_over_the_stand_in(parts, tmp_path):
+    (tmp_path / "schedule").mkdir()
+    (tmp_path / "schedule" / "sigmoid.yaml").write_text("name: sigmoid\nsteepness: 4.0\n")
+    run = compose(["recipe=quickstart", "schedule=sigmoid"], parts, [tmp_path])
+    assert run.parts["schedule"].steepness == 4.0
 
 
 def test_yaml_files_are_described_and_names_match():

@@ -1,4 +1,4 @@
-"""What the loss would lose with a component, to first order: ALoRA's ablation without its forward passes (METHODS 5)."""
+"""What the loss would lose with a component, to first order: ALoRA's ablation without its forwards (METHODS 5)."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar

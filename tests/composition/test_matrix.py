@@ -1,0 +1,169 @@
+"""Every valid combination of parts trains, saves, comes back in a new object, and merges, with the same logits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dora_cli.adapters import ADAPTERS
+from dora_cli.adapters.init import INITS
+from dora_cli.allocation import ALLOCATORS, IMPORTANCES, REGULARIZERS, SCHEDULES, rules
+from dora_cli.checkpoints.apply import apply_adapter
+from dora_cli.checkpoints.merge import merge
+from dora_cli.checkpoints.peft_io import read_adapter
+from dora_cli.errors import UserError
+from dora_cli.registry import load
+
+VALID = [names for names, outcome in rules.combinations() if isinstance(outcome, str)]
+REFUSED = [names for names, outcome in rules.combinations() if isinstance(outcome, UserError)]
+
+
+def identifier(names: dict[str, str]) -> str:
+    return "-".join(names[group] for group in ("adapter", "importance", "allocator"))
+
+
+def covering(combinations: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A few that hold every adapter with every allocator, and every importance with every adapter, at least once."""
+    seen: set[tuple[str, str]] = set()
+    chosen = []
+    for names in combinations:
+        pairs = {("al", names["adapter"] + names["allocator"]), ("ai", names["adapter"] + names["importance"])}
+        if pairs - seen:
+            seen |= pairs
+            chosen.append(names)
+    return chosen
+
+
+FAST = covering(VALID)
+SLOW = [names for names in VALID if names not in FAST]
+
+
+def overrides(names: dict[str, str]) -> list[str]:
+    """A combination as a user would ask for it, with a schedule that the allocator accepts."""
+    adapter, allocator = load(ADAPTERS, names["adapter"], key=""), load(ALLOCATORS, names["allocator"], key="")
+    words = [f"{group}={names[group]}" for group in ("adapter", "importance", "allocator")]
+    if allocator.scores:
+        words += ["allocator.interval=2", "schedule.start=2", "schedule.end=8"]
+        words += ["schedule=constant" if allocator.mode == "constant" else "schedule=linear"]
+    if adapter.budgeted:
+        words += ["budget=r2"] + (["adapter.rank=4"] if allocator.mode == "shrink" else [])
+    if names["allocator"] == "soft_threshold":
+        words.append("allocator.threshold=1e-4")
+    return words
+
+
+def check_round_trip(trained: Any) -> None:
+    fresh = trained.fresh_model()
+    apply_adapter(fresh, read_adapter(trained.out))
+    assert torch.allclose(trained.logits_of(fresh), trained.logits, atol=1e-5)
+
+    from transformers import AutoModelForSequenceClassification
+
+    merge(trained.out / "adapter", trained.out / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(trained.out / "merged")
+    assert torch.allclose(trained.logits_of(merged), trained.logits, atol=1e-5)
+
+
+def check_peft(trained: Any, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    served = PeftModel.from_pretrained(trained.fresh_model(), str(trained.out / "adapter"))
+    assert torch.allclose(trained.logits_of(served), trained.logits, atol=1e-5)
+
+
+def check_combination(run: Callable[..., Any], names: dict[str, str], tmp_path: Path) -> None:
+    trained = run(*overrides(names))
+    session = trained.session
+    allocation = session.allocation
+    if session.budget is not None and allocation.table.kind == "components":
+        alive = allocation.alive_count()
+        # PEFT's and the official code's own counts may cut more where scores tie; nobody may leave more.
+        assert alive <= 2 * len(session.targets)
+        assert alive == 2 * len(session.targets) or "official" in names["allocator"] or "peft" in names["allocator"]
+    if session.layers:
+        assert (trained.logits - trained.base_logits()).abs().max() > 1e-4  # there is something to bring back
+    check_round_trip(trained)
+    if session.composed.parts["adapter"].export in ("lora", "decomposed"):
+        check_peft(trained, tmp_path)
+
+
+@pytest.mark.parametrize("names", FAST, ids=identifier)
+def test_a_combination_trains_saves_comes_back_and_merges(run: Any, names: dict[str, str], tmp_path: Path) -> None:
+    check_combination(run, names, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", SLOW, ids=identifier)
+def test_every_other_combination_does_too(run: Any, names: dict[str, str], tmp_path: Path) -> None:
+    check_combination(run, names, tmp_path)
+
+
+def test_the_fast_ones_hold_every_part() -> None:
+    assert {n["adapter"] for n in FAST} == set(ADAPTERS)
+    assert {n["importance"] for n in FAST} == set(IMPORTANCES)
+    assert {n["allocator"] for n in FAST} == set(ALLOCATORS)
+
+
+def _moving_and_not() -> list[tuple[str, str]]:
+    """(schedule, regularizer) pairs such that each schedule and each regularizer is there."""
+    regularizers = [n for n in REGULARIZERS if "components" in load(REGULARIZERS, n, key="").units]
+    schedules = [n for n in SCHEDULES if load(SCHEDULES, n, key="").moves]
+    return [(s, regularizers[i % len(regularizers)]) for i, s in enumerate(schedules)]
+
+
+@pytest.mark.parametrize(("schedule", "regularizer"), _moving_and_not())
+def test_schedules_and_regularizers_go_with_any_pruned_adapter(
+    run: Any, schedule: str, regularizer: str, tmp_path: Path
+) -> None:
+    needs = load(REGULARIZERS, regularizer, key="").needs
+    adapter = next(n for n in ("components", *ADAPTERS) if needs <= load(ADAPTERS, n, key="").provides)
+    trained = run(
+        f"adapter={adapter}",
+        "importance=component_norm",
+        "allocator=prune",
+        f"schedule={schedule}",
+        f"regularizer={regularizer}",
+        "schedule.start=1",
+        "schedule.end=7",
+        "allocator.interval=2",
+        "adapter.rank=4",
+        "budget=r1",
+    )
+    assert trained.session.allocation.alive_count() == len(trained.session.targets)
+    check_round_trip(trained)
+
+
+STARTS = [
+    (init, adapter)
+    for init in INITS
+    for adapter in ADAPTERS
+    if hasattr(load(ADAPTERS, adapter, key=""), "start")
+    and load(INITS, init, key="").needs <= load(ADAPTERS, adapter, key="").provides
+]
+
+
+@pytest.mark.parametrize(("init", "adapter"), STARTS)
+def test_every_start_goes_with_every_adapter_that_provides_for_it(run: Any, init: str, adapter: str) -> None:
+    prunable = "components" in load(ADAPTERS, adapter, key="").units
+    chosen = (
+        ["importance=random", "allocator=prune", "allocator.interval=2", "schedule=linear", "adapter.rank=4"]
+        if prunable
+        else []
+    )
+    trained = run(f"adapter={adapter}", f"adapter.init={init}", "budget=r2", *chosen)
+    check_round_trip(trained)
+
+
+@pytest.mark.parametrize("names", [REFUSED[i] for i in range(0, len(REFUSED), 7)], ids=identifier)
+def test_refusals_come_before_any_model_loads_and_say_what_would_work(
+    run: Any, names: dict[str, str], tmp_path: Path
+) -> None:
+    words = [f"{g}={names[g]}" for g in ("adapter", "importance", "allocator")]
+    moves = load(ALLOCATORS, names["allocator"], key="").mode != "constant" and names["allocator"] != "none"
+    with pytest.raises(UserError) as error:
+        run(*words, f"schedule={'linear' if moves else 'constant'}", "model.name=/nowhere", "data.path=/nowhere")
+    assert any(names[g] in error.value.message for g in ("adapter", "importance", "allocator"))
+    assert error.value.hint
+    assert not (tmp_path / "run").exists()
