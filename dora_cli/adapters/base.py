@@ -7,7 +7,7 @@ tensor or a whole module, as the part declares. The adapter never sees a budget;
 Symbols: ``a`` (r, d_in) right factors, ``b`` (d_out, r) left factors, ``c`` (r,) gates, ``r`` rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -166,12 +166,14 @@ class WholeModule:
 
     def __init__(self, layer: AdapterLayer) -> None:
         self.layer = layer
+        # What does not train from the start (square projections of AFLoRA) is never thawed.
+        self.trained = [name for name, p in layer.adapter_parameters().items() if p.requires_grad]
 
     def unit_costs(self) -> list[int]:
         return [sum(self.layer.unit_costs())]
 
     def frozen_units(self) -> list[bool]:
-        return [all(not p.requires_grad for p in self.layer.adapter_parameters().values())]
+        return [not any(p.requires_grad for p in self.layer.adapter_parameters().values())]
 
     def silence(self, units: Tensor) -> None:
         self.layer.active = False
@@ -186,9 +188,10 @@ class WholeModule:
         self._set_trainable(True)
 
     def _set_trainable(self, trainable: bool) -> None:
-        for parameter in self.layer.adapter_parameters().values():
-            parameter.requires_grad_(trainable)
-            parameter.grad = None
+        parameters = self.layer.adapter_parameters()
+        for name in self.trained:
+            parameters[name].requires_grad_(trainable)
+            parameters[name].grad = None
 
 
 class LowRankLayer(AdapterLayer):
@@ -297,8 +300,11 @@ class AdapterPart:
     wraps: ClassVar[bool] = True
     export: ClassVar[str] = "lora"
 
-    def unfreeze(self, model: nn.Module) -> None:
-        """Make those of the base's own parameters train that this method trains; the others are frozen already."""
+    def unfreeze(self, model: nn.Module, heads: Sequence[str] = ()) -> None:
+        """Make those of the base's own parameters train that this method trains; the others are frozen already.
+
+        ``heads`` names the modules that are trained in full in any case.
+        """
 
     def unit_cost(self, d_out: int, d_in: int) -> int:
         """Parameters that one component of a (d_out, d_in) module costs under the budget."""
@@ -354,6 +360,14 @@ class LowRankPart(RankedPart):
 
     units: ClassVar[tuple[str, ...]] = ("components", "modules")
     verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop", "grow"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_from is not None and self.init != "default":
+            raise UserError(
+                f"adapter.init_from={self.init_from} and adapter.init={self.init} both say where the factors start",
+                hint="set one of them",
+            )
 
     def scale(self, start_rank: int) -> float:
         return 1.0 if self.alpha is None else self.alpha / max(start_rank, 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_cli.adapters.base import LowRankLayer, LowRankPart, linear_shape, uniform
+from dora_cli.errors import UserError
 
 
 class LoraLayer(LowRankLayer):
@@ -33,11 +34,19 @@ class Lora(LowRankPart):
         metadata={"help": "alpha / rank, or alpha / √rank", "choices": ("standard", "rank_stabilised")},
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scaling == "rank_stabilised" and self.alpha is None:
+            raise UserError(
+                "adapter.scaling=rank_stabilised divides adapter.alpha by √rank, and adapter.alpha is null: a scale of 1",
+                hint="set adapter.alpha, for example to 8",
+            )
+
     def scale(self, start_rank: int) -> float:
         """rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) divides by √r: the scale does not fade with the rank."""
-        if self.alpha is None or self.scaling == "standard":
-            return super().scale(start_rank)
-        return self.alpha / max(start_rank, 1) ** 0.5
+        if self.alpha is not None and self.scaling == "rank_stabilised":
+            return self.alpha / max(start_rank, 1) ** 0.5
+        return super().scale(start_rank)
 
     def layer(self, base: nn.Module, rank: int) -> LoraLayer:
         d_out, d_in = linear_shape(base)

@@ -1,5 +1,6 @@
 """The two ends of the scale: every weight trains (``full``), or none but the head (``none``). No budget applies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,5 +22,5 @@ class Frozen(AdapterPart):
 class Full(Frozen):
     """Full fine-tuning: no layers are wrapped, every parameter trains and is saved as it is."""
 
-    def unfreeze(self, model: nn.Module) -> None:
+    def unfreeze(self, model: nn.Module, heads: Sequence[str] = ()) -> None:
         model.requires_grad_(True)

@@ -18,8 +18,10 @@ SCHEDULES = {
 }
 IMPORTANCES = {
     "component_norm": "dora_cli.allocation.importance.component_norm:ComponentNorm",
+    "gate_probability": "dora_cli.allocation.importance.gate_probability:GateProbability",
     "gate_size": "dora_cli.allocation.importance.gate_size:GateSize",
     "gradient": "dora_cli.allocation.importance.gradient:Gradient",
+    "module_sensitivity": "dora_cli.allocation.importance.module_sensitivity:ModuleSensitivity",
     "sensitivity": "dora_cli.allocation.importance.sensitivity:Sensitivity",
     "ablation": "dora_cli.allocation.importance.ablation:Ablation",
     "freezing_score": "dora_cli.allocation.importance.freezing_score:FreezingScore",
@@ -30,8 +32,10 @@ IMPORTANCES = {
 ALLOCATORS = {
     "prune": "dora_cli.allocation.allocators.prune:Prune",
     "prune_official": "dora_cli.allocation.allocators.prune_official:PruneOfficial",
+    "prune_peft": "dora_cli.allocation.allocators.prune_peft:PrunePeft",
     "prune_and_reallocate": "dora_cli.allocation.allocators.prune_and_reallocate:PruneAndReallocate",
     "exchange": "dora_cli.allocation.allocators.exchange:Exchange",
+    "grow": "dora_cli.allocation.allocators.grow:Grow",
     "soft_threshold": "dora_cli.allocation.allocators.soft_threshold:SoftThreshold",
     "freeze": "dora_cli.allocation.allocators.freeze:Freeze",
     "kill_and_revive": "dora_cli.allocation.allocators.kill_and_revive:KillAndRevive",
@@ -40,5 +44,6 @@ ALLOCATORS = {
 REGULARIZERS = {
     "dem": "dora_cli.allocation.regularizers.dem:Dem",
     "orthogonal": "dora_cli.allocation.regularizers.orthogonal:Orthogonal",
+    "gate_kl": "dora_cli.allocation.regularizers.gate_kl:GateKl",
     "none": "dora_cli.allocation.regularizers.none:NoRegularizer",
 }

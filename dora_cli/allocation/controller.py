@@ -69,7 +69,14 @@ class Allocation:
     @property
     def final_step(self) -> int:
         """The step of the final choice; 0 where none is made, or where every moment is on budget anyway."""
-        return self.window.end if self.allocator.mode != "static" else 0
+        return self.allocator.final_step(self.window)
+
+    @property
+    def most_count(self) -> int:
+        """Units that will ever live at once, at most: those of the start, or what a growing method's budget allows."""
+        if self.allocator.mode != "grow" or not len(self.table):
+            return self.start_count
+        return self.last // int(self.table.cost.min()) if self.by_cost else self.last
 
     def is_event(self, step: int) -> bool:
         """Whether the allocator acts after this step."""
@@ -108,6 +115,7 @@ class Allocation:
 
     def _act(self, step: int, optimizer: Optimizer) -> dict[str, Any]:
         limit = self.schedule.count(step, self.window, self.first, self.last)
+        self.importance.close_period(self.table)
         self.allocator.act(
             Event(
                 step=step,
@@ -117,6 +125,7 @@ class Allocation:
                 last=self.last,
                 by_cost=self.by_cost,
                 scores=self._scores,
+                elements=self._elements,
                 table=self.table,
                 schedule=self.schedule,
                 window=self.window,
@@ -131,6 +140,7 @@ class Allocation:
             "alive": self.alive_count(),
             "params": self.table.alive_cost(),
             "ranks": self.table.ranks(),
+            **self.allocator.report(self.table),
         }
 
     def alive_count(self) -> int:
@@ -139,6 +149,9 @@ class Allocation:
 
     def _scores(self) -> Tensor:
         return self.importance.scores(self.table, self._masked_loss if self.probe else None)
+
+    def _elements(self) -> list[Tensor]:
+        return self.importance.elements(self.table, self._masked_loss if self.probe else None)
 
     def _masked_loss(self, mask: Tensor) -> float:
         assert self.probe is not None

@@ -85,7 +85,8 @@ def _check_part(adapter: Any, group: str, part: Any, table: dict[str, str], name
         f"adapter={names['adapter']} {group}={names[group]} do not go together",
         where=where,
         hint=f"with adapter={names['adapter']}: {group}="
-        + " or ".join(_fitting(table, adapter, frozenset(adapter.units)))
+        + " or ".join(n for n in _fitting(table, adapter, frozenset(adapter.units)) if n != names[group])
+        + getattr(part, "instead", "")
         + getattr(adapter, "instead", ""),
     )
 

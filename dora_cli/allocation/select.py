@@ -37,9 +37,13 @@ def top(table: UnitTable, scores: Tensor, limit: int, *, by_cost: bool, min_rank
 
 
 def _prefix_closed(table: UnitTable, rows: Tensor, values: Tensor) -> Tensor:
-    """In nested modules a unit is worth no more than any before it, so that what is kept is always a prefix."""
+    """In nested modules a unit is worth no more than any before it, so that what is kept is always a prefix.
+
+    The first, without which none of the others takes part, comes before everything else.
+    """
     for m, layer in enumerate(table.layers):
         if layer.nested:
-            mine = table.module[rows] == m
+            mine = torch.nonzero(table.module[rows] == m).flatten()
             values[mine] = values[mine].cummin(0).values
+            values[mine[:1]] = torch.inf
     return values

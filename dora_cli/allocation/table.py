@@ -17,6 +17,7 @@ from dora_cli.adapters.base import AdapterLayer, LowRankLayer, WholeModule
 from dora_cli.adapters.inject import regroup
 from dora_cli.adapters.resize import check_state, discard, resize
 
+COLUMNS = ("module", "order", "cost", "alive", "dropped", "frozen", "spare")
 ResizeListener = Callable[[int, Tensor, int], None]  # module, positions kept, units appended
 
 
@@ -60,6 +61,7 @@ class UnitTable:
         alive: (n,) bool, kept at the last event (all, before the first).
         dropped: (n,) bool, gone for good.
         frozen: (n,) bool, no longer trained.
+        spare: (n,) bool, trains already but does not live yet; counts for nothing until it is woken.
         rows: per module, which table row each physical unit of its layer is.
     """
 
@@ -67,12 +69,13 @@ class UnitTable:
         self.kind = kind
         self._groups: list[Group] | None = None
         self._dead: list[tuple[int, Tensor]] | None = None
+        self._spares: list[tuple[int, Tensor]] | None = None
         self.names = list(layers)
         self.layers = list(layers.values())
         # What the verbs go to: the layers, or a view of each as a single unit.
         self.owners: list[Any] = [WholeModule(layer) if kind == "modules" else layer for layer in self.layers]
         self.module = self.order = self.cost = torch.empty(0, dtype=torch.long)
-        self.alive = self.dropped = self.frozen = torch.empty(0, dtype=torch.bool)
+        self.alive = self.dropped = self.frozen = self.spare = torch.empty(0, dtype=torch.bool)
         self.rows: list[Tensor] = []
         self.compactions = 0
         self.settled = False  # the final choice is made
@@ -113,6 +116,12 @@ class UnitTable:
             self._dead = list(self._positions(self.dropped))
         return self._dead
 
+    def spares(self) -> list[tuple[int, Tensor]]:
+        """(module, physical positions) of spare units; looked up only after a change."""
+        if self._spares is None:
+            self._spares = list(self._positions(self.spare))
+        return self._spares
+
     @contextmanager
     def only(self, mask: Tensor) -> Iterator[None]:
         """Within, only the units of ``mask`` (n,) take part. Changes no parameter, random or optimizer state."""
@@ -131,14 +140,19 @@ class UnitTable:
         closing = ~mask & ~self.dropped
         self.alive = mask & ~self.dropped
         if final:
-            self.dropped = self.dropped | closing
-            self._changed()
+            self.drop(closing)
+            return
         for m, positions in self._positions(closing):
             self.owners[m].silence(positions)
 
     def drop(self, mask: Tensor) -> None:
         """Drop the units of ``mask`` at once; the others stay as they are."""
-        self.keep(self.alive & ~mask, final=True)
+        closing = mask & ~self.dropped
+        self.alive, self.spare = self.alive & ~closing, self.spare & ~closing
+        self.dropped = self.dropped | closing
+        self._changed()
+        for m, positions in self._positions(closing):
+            self.owners[m].silence(positions)
 
     def settle(self) -> None:
         """The final choice is made; whatever is stochastic about it ends."""
@@ -179,12 +193,16 @@ class UnitTable:
         self._resize(module, torch.arange(len(self.rows[module])), n, optimizer)
         new = self._append(module, layer.unit_costs()[-n:])
         self.rows[module] = torch.cat([self.rows[module], new])
-        self.alive[new] = alive
+        self.alive[new], self.spare[new] = alive, not alive
+        if optimizer is not None:  # a module that had nothing had left it
+            regroup(self.by_name(), optimizer)
         return new
 
     def wake(self, rows: Tensor) -> None:
         """Units that were grown before their time live from now on."""
-        self.alive[rows] = True
+        self.alive = self.alive.index_fill(0, rows, True)
+        self.spare = self.spare.index_fill(0, rows, False)
+        self._changed()
 
     def by_name(self) -> dict[str, AdapterLayer]:
         return dict(zip(self.names, self.layers, strict=True))
@@ -224,7 +242,7 @@ class UnitTable:
 
     # ---- state ---------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        tensors = {k: getattr(self, k) for k in ("module", "order", "cost", "alive", "dropped", "frozen")}
+        tensors = {k: getattr(self, k) for k in COLUMNS}
         numbers = {"compactions": self.compactions, "settled": int(self.settled)}
         return tensors | numbers | {f"rows.{m}": rows for m, rows in enumerate(self.rows)}
 
@@ -238,7 +256,7 @@ class UnitTable:
             self.rows[m] = rows
             if len(rows) == 0:
                 self._empty(m, None)
-        for k in ("module", "order", "cost", "alive", "dropped", "frozen"):
+        for k in COLUMNS:
             setattr(self, k, state[k])
         self.compactions = int(state["compactions"])
         for m, positions in self._positions(self.frozen):
@@ -260,6 +278,7 @@ class UnitTable:
         self.alive = torch.cat([self.alive, torch.ones(n, dtype=torch.bool)])
         self.dropped = torch.cat([self.dropped, torch.zeros(n, dtype=torch.bool)])
         self.frozen = torch.cat([self.frozen, torch.zeros(n, dtype=torch.bool)])
+        self.spare = torch.cat([self.spare, torch.zeros(n, dtype=torch.bool)])
         self._changed()
         return torch.arange(first, first + n)
 
@@ -279,7 +298,7 @@ class UnitTable:
         self._changed()
 
     def _changed(self) -> None:
-        self._groups = self._dead = None
+        self._groups = self._dead = self._spares = None
 
     def _group(self, modules: list[int]) -> Group:
         layers = [self.layers[m] for m in modules]

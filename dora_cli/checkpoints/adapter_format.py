@@ -22,6 +22,7 @@ WEIGHTS = "adapter_model.safetensors"
 METHOD = "method.json"
 STATE = "method_state.safetensors"
 PREFIX = "base_model.model."  # PEFT's two wrappers around the model
+SQUARE = "mora_M"  # the square's name below its module's
 
 
 @dataclass(eq=False)
@@ -44,6 +45,11 @@ class LowRank:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)"""
+        return self.b.shape[0], self.a.shape[1]
+
 
 @dataclass(eq=False)
 class WeightDecomposed(LowRank):
@@ -54,6 +60,28 @@ class WeightDecomposed(LowRank):
     """
 
     magnitude: Tensor = field(kw_only=True)
+
+
+@dataclass(eq=False)
+class Square:
+    """One module's update by one square matrix over rotated blocks of the input (MoRA's rotation, METHODS 9).
+
+    Attributes:
+        name: full module name.
+        m: shape ``(side, side)``, float32; the side is even.
+        shape: ``(d_out, d_in)`` of the module.
+        transposed: as in ``LowRank``.
+    """
+
+    name: str
+    m: Tensor
+    shape: tuple[int, int]
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The side of the square; 0 where there is no update."""
+        return self.m.shape[0]
 
 
 def write_adapter(
@@ -143,6 +171,37 @@ def write_full(
     The other arguments are those of ``write_adapter``.
     """
     config = _common("FULL", base_name, revision, task_type, head_modules)
+    _write(Path(folder), config, tensors, method, state)
+
+
+def write_square(
+    folder: str | os.PathLike[str],
+    modules: Sequence[Square],
+    *,
+    head: Mapping[str, Tensor],
+    head_modules: Sequence[str],
+    base_name: str | None,
+    task_type: str | None,
+    method: Mapping[str, Any],
+    state: Mapping[str, Tensor] | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write square updates and trained heads as a type of our own (``MORA``), which PEFT does not read.
+
+    Args:
+        modules: every adapted module; those without an update are left out of the file.
+
+    The other arguments are those of ``write_adapter``.
+    """
+    kept = [module for module in modules if module.rank]
+    config = {
+        **_common("MORA", base_name, revision, task_type, head_modules),
+        "kind": "rotation",
+        "modules": {m.name: {"side": m.rank, "d_out": m.shape[0], "d_in": m.shape[1]} for m in kept},
+        "fan_in_fan_out": any(module.transposed for module in kept),
+    }
+    tensors = {f"{PREFIX}{module.name}.{SQUARE}": module.m.float() for module in kept}
+    tensors |= {PREFIX + name: tensor for name, tensor in head.items()}
     _write(Path(folder), config, tensors, method, state)
 
 

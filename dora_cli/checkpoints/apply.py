@@ -7,7 +7,9 @@ from torch import nn
 
 from dora_cli.adapters.base import AdapterLayer, LowRankLayer, is_transposed, linear_shape
 from dora_cli.adapters.lora import LoraLayer
-from dora_cli.checkpoints.adapter_format import LowRank, WeightDecomposed
+from dora_cli.adapters.mora import RotationLayer
+from dora_cli.adapters.weight_decomposed import WeightDecomposedLayer
+from dora_cli.checkpoints.adapter_format import LowRank, Square, WeightDecomposed
 from dora_cli.checkpoints.peft_io import AdapterFile
 from dora_cli.errors import UserError
 
@@ -22,17 +24,17 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile) -> None:
     for name, update in adapter.modules.items():
         base = _module(model, name, adapter)
         shape = linear_shape(base)
-        if shape != (update.b.shape[0], update.a.shape[1]):
+        if shape != update.shape:
             raise UserError(
                 f"the adapter does not fit the base: module '{name}' is {shape[0]}×{shape[1]}",
-                where=f"{adapter.folder} has an update of {update.b.shape[0]}×{update.a.shape[1]} for it",
+                where=f"{adapter.folder} has an update of {update.shape[0]}×{update.shape[1]} for it",
                 hint="give the base that the adapter was trained on, with base=",
             )
         if isinstance(update, WeightDecomposed):
             _set_decomposed(base, update)
         elif update.rank:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, LoraLayer(base, update.a, update.b, None, 1.0, 0.0))
+            setattr(model.get_submodule(parent), child, _layer(base, update))
     model.eval()
 
 
@@ -50,18 +52,27 @@ def start_from(layers: Mapping[str, AdapterLayer], model: nn.Module, adapter: Ad
                 f"adapter.init_from={adapter.folder}: its module '{name}' has no adapter here",
                 hint="adapt it too (adapter.targets), or raise the budget so that it starts with a component",
             )
-        if isinstance(update, WeightDecomposed) or not isinstance(layer, LowRankLayer):
+        kind = WeightDecomposedLayer if isinstance(update, WeightDecomposed) else LowRankLayer
+        if isinstance(update, Square) or not isinstance(layer, kind):
             raise UserError(
                 f"adapter.init_from={adapter.folder}: its module '{name}' cannot be the start of this method's",
-                hint="start from a low-rank adapter on the same target modules",
+                hint="low-rank methods can start from a plain pair, and weight_decomposed also from its own kind",
             )
         if update.rank:
             layer.load_low_rank(update.a, update.b)
+            if isinstance(update, WeightDecomposed) and isinstance(layer, WeightDecomposedLayer):
+                layer.load_magnitude(update.magnitude)
             filled += 1
     shapes = {n: p.shape for n, p in model.named_parameters()}
     fitting = {n: t for n, t in adapter.head.items() if shapes.get(n) == t.shape}
     _load_values(model, fitting, adapter)  # another number of labels needs a head of its own
     return filled
+
+
+def _layer(base: nn.Module, update: LowRank | Square) -> AdapterLayer:
+    if isinstance(update, Square):
+        return RotationLayer(base, update.m, 0.0)
+    return LoraLayer(base, update.a, update.b, None, 1.0, 0.0)
 
 
 def _module(model: nn.Module, name: str, adapter: AdapterFile) -> nn.Module:

@@ -39,7 +39,8 @@ class MergeReport:
     """What a merge did.
 
     Attributes:
-        ranks: adapted module → rank that was added, 0 included.
+        kind: the adapter's type, as in its ``peft_type``.
+        ranks: adapted module → rank that was added, 0 included; the square's side for ``MORA``.
         head: parameters that were trained in full and written as they are.
         left_out: tensors of the base that the merged model's class does not have.
         bytes: of all written tensors.
@@ -47,6 +48,7 @@ class MergeReport:
 
     out: Path
     base: Path
+    kind: str
     ranks: dict[str, int]
     head: list[str]
     left_out: list[str]
@@ -106,6 +108,7 @@ def merge(
     return MergeReport(
         out=out,
         base=model.folder,
+        kind=adapter.kind,
         ranks={update.name: update.rank for update in adapter.modules.parts.values()},
         head=sorted([*adapter.head, *adapter.replaced]),
         left_out=left_out,

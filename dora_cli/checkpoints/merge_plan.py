@@ -7,7 +7,7 @@ from functools import partial
 from dora_cli.checkpoints.base_folder import Base
 from dora_cli.checkpoints.merged_config import architecture, base_architecture, has_task_head
 from dora_cli.checkpoints.names import model_names
-from dora_cli.checkpoints.peft_io import AdapterFile, Update
+from dora_cli.checkpoints.peft_io import AdapterFile, SquareUpdate, Update
 from dora_cli.checkpoints.safetensors_io import FLOATS, Entry
 from dora_cli.checkpoints.weights import Piece
 from dora_cli.errors import UserError
@@ -104,7 +104,7 @@ def _pretraining_head(adapter: AdapterFile, base: Base, names: Mapping[str, Entr
     return {name for name in names if not name.startswith(f"{prefix}.")}
 
 
-def _transposed(updates: Mapping[str, Update], sources: Mapping[str, Entry]) -> dict[str, bool]:
+def _transposed(updates: Mapping[str, Update | SquareUpdate], sources: Mapping[str, Entry]) -> dict[str, bool]:
     """Whether each target stores its weight as ``(d_in, d_out)``.
 
     The base's shape tells, except for square ones: those follow the others of their kind (``c_proj`` of attention

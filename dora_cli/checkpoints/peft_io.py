@@ -13,7 +13,16 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from dora_cli.checkpoints.adapter_format import CONFIG, METHOD, PREFIX, WEIGHTS, LowRank, WeightDecomposed
+from dora_cli.checkpoints.adapter_format import (
+    CONFIG,
+    METHOD,
+    PREFIX,
+    SQUARE,
+    WEIGHTS,
+    LowRank,
+    Square,
+    WeightDecomposed,
+)
 from dora_cli.checkpoints.json_io import read_json, strings, take
 from dora_cli.checkpoints.safetensors_io import FLOATS, Entry, read_header, read_tensor
 from dora_cli.errors import UserError
@@ -64,15 +73,30 @@ class Update:
         return self.b.shape[0], self.a.shape[1]
 
 
+@dataclass(frozen=True)
+class SquareUpdate:
+    """Where one module's square lies in the file."""
+
+    name: str
+    m: Entry  # (side, side)
+    shape: tuple[int, int]  # (d_out, d_in)
+    transposed: bool
+
+    @property
+    def rank(self) -> int:
+        return self.m.shape[0]
+
+
 @dataclass
 class AdapterFile:
     """An adapter folder, checked.
 
     Attributes:
         folder: the adapter folder itself, also where a run was named.
-        kind: ``LORA``, ``ADALORA`` or ``FULL``.
-        modules: full module name → update, every scale folded in, float32. Its ``transposed`` is what the file says,
-            which for PEFT's files is one flag for all modules; the base's shapes decide in a merge.
+        kind: ``LORA``, ``ADALORA``, ``MORA`` or ``FULL``.
+        modules: full module name → update, every scale folded in, float32; a ``Square`` in ``MORA``. Its
+            ``transposed`` is what the file says, which for PEFT's files is one flag for all modules; the base's
+            shapes decide in a merge.
         head: parameter name → tensor of what was trained in full; the base may lack it or hold another shape.
         replaced: parameter name → tensor that takes the place of a parameter of the base (``FULL``).
         method: ``method.json``; empty for PEFT's own files.
@@ -80,7 +104,7 @@ class AdapterFile:
 
     folder: Path
     kind: str
-    modules: Lazy[Update, LowRank]
+    modules: Lazy[Update | SquareUpdate, LowRank | Square]
     head: Lazy[Entry, Tensor]
     replaced: Lazy[Entry, Tensor]
     base_name: str | None
@@ -138,7 +162,7 @@ def adapter_folder(path: Path) -> Path:
     )
 
 
-Parts = tuple[dict[str, Update], dict[str, Entry], dict[str, Entry]]
+Parts = tuple[Mapping[str, Update | SquareUpdate], dict[str, Entry], dict[str, Entry]]
 
 COMMON = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -199,6 +223,31 @@ def _read_adalora(config: dict[str, Any], entries: dict[str, Entry], file: Path)
     return modules, rest, {}
 
 
+def _read_mora(config: dict[str, Any], entries: dict[str, Entry], file: Path) -> Parts:
+    """Our own type: one square per module, over rotated blocks; ``modules`` says each one's side and shape."""
+    if (kind := take(config, "kind", str, file)) != "rotation":
+        raise UserError(f"{file}: kind={kind} is not read here", hint="read is: rotation (sharing is a LORA)")
+    grouped, rest = _group(entries, {SQUARE: "m"}, file)
+    flag = take(config, "fan_in_fan_out", bool, file, False)
+    table = take(config, "modules", dict, file)
+    if odd := sorted(table.keys() ^ grouped.keys()):
+        raise UserError(f"{file.parent} is damaged", where=f"'{odd[0]}' is in only one of {CONFIG} and {WEIGHTS}")
+    modules = {}
+    for name, parts in grouped.items():
+        sizes = take(table, name, dict, file)
+        side, d_out, d_in = (take(sizes, key, int, file) for key in ("side", "d_out", "d_in"))
+        if side < 2 or side % 2 or d_out < 1 or d_in < 1:
+            raise UserError(f"{file} is damaged", where=f"'{name}' has the side {side} and the shape {d_out}×{d_in}")
+        m = parts["m"]
+        _check_type(m)
+        if m.shape != (side, side):
+            raise UserError(
+                f"{file.parent} is damaged", where=f"'{m.name}' has the shape {m.shape}, {CONFIG} says {side}×{side}"
+            )
+        modules[name] = SquareUpdate(name, m, (d_out, d_in), flag)
+    return modules, rest, {}
+
+
 def _read_full(config: dict[str, Any], entries: dict[str, Entry], file: Path) -> Parts:
     """Our own type: whole parameters under their own names; those of ``modules_to_save`` are the head."""
     owners = tuple(f"{name}." for name in strings(config, "modules_to_save", file))
@@ -209,6 +258,7 @@ def _read_full(config: dict[str, Any], entries: dict[str, Entry], file: Path) ->
 READERS: dict[str, Callable[[dict[str, Any], dict[str, Entry], Path], Parts]] = {
     "LORA": _read_lora,
     "ADALORA": _read_adalora,
+    "MORA": _read_mora,
     "FULL": _read_full,
 }
 
@@ -270,9 +320,9 @@ class _Pattern:
 
 def _check_update(update: Update, rank: int, file: Path) -> None:
     a, b = update.a, update.b
-    parts = [entry for entry in (a, b, update.e, update.magnitude) if entry]
-    if wrong := next((entry for entry in parts if entry.dtype not in FLOATS), None):
-        raise UserError(f"{wrong.file}: '{wrong.name}' has the type {wrong.dtype}, expected one of {', '.join(FLOATS)}")
+    for entry in (a, b, update.e, update.magnitude):
+        if entry:
+            _check_type(entry)
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise UserError(f"{a.file}: '{update.name}' is no linear layer", where=f"shapes {a.shape} and {b.shape}")
     if not a.shape[0] == b.shape[1] == rank:
@@ -288,7 +338,14 @@ def _check_update(update: Update, rank: int, file: Path) -> None:
         )
 
 
-def _read_update(update: Update) -> LowRank:
+def _check_type(entry: Entry) -> None:
+    if entry.dtype not in FLOATS:
+        raise UserError(f"{entry.file}: '{entry.name}' has the type {entry.dtype}, expected one of {', '.join(FLOATS)}")
+
+
+def _read_update(update: Update | SquareUpdate) -> LowRank | Square:
+    if isinstance(update, SquareUpdate):
+        return Square(update.name, read_tensor(update.m).float(), update.shape, update.transposed)
     a, b = read_tensor(update.a).float(), read_tensor(update.b).float()
     if update.e:
         a = a * read_tensor(update.e).float()

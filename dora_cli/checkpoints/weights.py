@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_cli.checkpoints.adapter_format import LowRank, WeightDecomposed
+from dora_cli.adapters.mora import rotation_delta
+from dora_cli.checkpoints.adapter_format import LowRank, Square, WeightDecomposed
 from dora_cli.checkpoints.safetensors_io import (
     DTYPES,
     Entry,
@@ -33,14 +34,14 @@ class Piece:
         name: its name there.
         source: where its numbers come from: the base, or the adapter for what was trained in full.
         dtype: the type to write.
-        update: reads the low-rank update to add; null where there is none.
+        update: reads the update to add; null where there is none.
         checked: whether the numbers are looked at for NaN and infinity on the way.
     """
 
     name: str
     source: Entry
     dtype: str
-    update: Callable[[], LowRank] | None = None
+    update: Callable[[], LowRank | Square] | None = None
     checked: bool = False
 
     @property
@@ -75,12 +76,17 @@ def _stream(piece: Piece, change: Change, target: int, start: int) -> None:
     _for_blocks(piece.source, write)
 
 
-def _merging(source: Entry, update: LowRank) -> Change:
+def _merging(source: Entry, update: LowRank | Square) -> Change:
     """How a block of rows of the stored weight becomes the merged one.
 
     The stored weight is W, shape ``(d_out, d_in)``, or its transpose; the added rows are those of B A, or of Aᵀ Bᵀ.
     The weight-decomposed one then scales each output's weights to the norm m: rows of W, or columns of its transpose.
+    A square's ΔW is formed whole, for this one module.
     """
+    if isinstance(update, Square):
+        delta = rotation_delta(update.m, *update.shape)
+        delta = delta.T if update.transposed else delta
+        return lambda block, rows: block.to(torch.promote_types(block.dtype, torch.float32)) + delta[rows]
     left, right = (update.a.T.contiguous(), update.b.T.contiguous()) if update.transposed else (update.b, update.a)
 
     def added(block: Tensor, rows: slice) -> Tensor:

@@ -63,8 +63,12 @@ def describe(report: "MergeReport") -> str:
         f"  base     {report.base}",
     ]
     if adapted:
-        ranks = f"rank {min(adapted)}" if len(set(adapted)) == 1 else f"ranks {min(adapted)} to {max(adapted)}"
-        lines.append(f"  adapter  {_count(len(adapted), 'module')}, {ranks}, {_count(sum(adapted), 'component')}")
+        if report.kind == "MORA":
+            word, content = "side", _count(sum(side * side for side in adapted), "parameter")
+        else:
+            word, content = "rank", _count(sum(adapted), "component")
+        span = f"{word} {min(adapted)}" if len(set(adapted)) == 1 else f"{word}s {min(adapted)} to {max(adapted)}"
+        lines.append(f"  adapter  {_count(len(adapted), 'module')}, {span}, {content}")
     if report.head:
         lines.append(f"  head     {_count(len(report.head), 'tensor')} as trained ({_few(report.head)})")
     if report.left_out:

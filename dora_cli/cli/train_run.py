@@ -10,8 +10,18 @@ from typing import Any
 
 import torch
 
-from dora_cli.adapters.base import is_transposed, linear_shape
-from dora_cli.checkpoints.adapter_format import LowRank, saved_by_peft, write_adapter, write_full
+from dora_cli.adapters.base import AdapterLayer, is_transposed, linear_shape
+from dora_cli.adapters.mora import MoraLayer
+from dora_cli.adapters.weight_decomposed import WeightDecomposedLayer
+from dora_cli.checkpoints.adapter_format import (
+    LowRank,
+    Square,
+    WeightDecomposed,
+    saved_by_peft,
+    write_adapter,
+    write_full,
+    write_square,
+)
 from dora_cli.checkpoints.apply import start_from
 from dora_cli.checkpoints.atomic import atomic_write_text
 from dora_cli.checkpoints.merge import merge
@@ -87,7 +97,8 @@ class _Run:
         ]
         self.view = View(
             total_steps=session.total_steps,
-            start_units=session.allocation.start_count if session.allocation.allocator.scores else 0,
+            start_units=session.allocation.start_count,
+            most_units=session.allocation.most_count if session.allocation.allocator.scores else 0,
             final_units=f"{session.allocation.last:,}",
             metric=session.task.metric_names[0],
             log=out / run_folder.LOG,
@@ -223,7 +234,13 @@ def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None
         trained = {n: p.detach() for n, p in session.trained_parameters().items()}
         write_full(folder, {**trained, **head}, **common)
         return
+    if composed.parts["adapter"].export == "square":
+        squares = [_square(name, layer) for name, layer in session.layers.items() if layer.active]
+        write_square(folder, squares, head=head, state=session.allocation.unit_state(), **common)
+        return
     modules = [_low_rank(session, name) for name in session.targets]
+    if composed.parts["adapter"].export == "decomposed":  # then what is its base again stays out of the file
+        modules = [module for module in modules if isinstance(module, WeightDecomposed)] or modules
     write_adapter(
         folder,
         modules=modules,
@@ -246,7 +263,15 @@ def _low_rank(session: Session, name: str) -> LowRank:
     if table.kind == "components":
         living = table.alive[table.rows[table.names.index(name)]].to(a.device)
         a, b = a[living], b[:, living]
+    if isinstance(layer, WeightDecomposedLayer):
+        magnitude = layer.magnitude.detach().cpu()
+        return WeightDecomposed(name, a.cpu(), b.cpu(), layer.transposed, magnitude=magnitude)
     return LowRank(name, a.cpu(), b.cpu(), layer.transposed)
+
+
+def _square(name: str, layer: AdapterLayer) -> Square:
+    assert isinstance(layer, MoraLayer)
+    return Square(name, layer.m.detach().cpu(), (layer.d_out, layer.d_in), layer.transposed)
 
 
 def _nothing(name: str, module: torch.nn.Module) -> LowRank:

@@ -30,7 +30,8 @@ class View:
 
     Args:
         total_steps: optimizer steps of the run.
-        start_units: units at the start; 0 where nothing is allocated.
+        start_units: units at the start.
+        most_units: units that live at most; 0 where nothing is allocated.
         final_units: what the budget leaves, as text.
         metric: name of the metric that chooses the best.
         log: file for plain lines, or None.
@@ -41,13 +42,15 @@ class View:
         *,
         total_steps: int,
         start_units: int,
+        most_units: int,
         final_units: str,
         metric: str,
         log: Path | None,
         first_step: int = 0,
     ) -> None:
         self.console = Console(highlight=False)
-        self.total, self.start_units, self.final_units, self.metric = total_steps, start_units, final_units, metric
+        self.total, self.final_units, self.metric = total_steps, final_units, metric
+        self.start_units, self.most_units = start_units, most_units
         self.log_file: TextIO | None = log.open("a", encoding="utf-8") if log else None
         self.first_step = self.step = first_step
         self.started = time.monotonic()
@@ -109,7 +112,7 @@ class View:
         return duration((time.monotonic() - self.started) / done * (self.total - self.step))
 
     def _budget(self) -> str:
-        return f"alive {self.record.get('alive', self.start_units)}/{self.start_units}" if self.start_units else ""
+        return f"alive {self.record.get('alive', self.start_units)}/{self.most_units}" if self.most_units else ""
 
     def _train_line(self) -> str:
         r = self.record
@@ -135,11 +138,11 @@ class View:
             f"{self.time_left()} left",
         )
         alive = r.get("alive", self.start_units)
-        if self.start_units:
+        if self.most_units:
             bar.add_row(
                 "budget",
-                ProgressBar(total=self.start_units, completed=alive, finished_style="bar.complete"),
-                f"{alive}/{self.start_units}",
+                ProgressBar(total=self.most_units, completed=alive, finished_style="bar.complete"),
+                f"{alive}/{self.most_units}",
             )
         facts = []
         if r.get("loss") is not None:
@@ -149,7 +152,7 @@ class View:
             facts.append(f"{self.metric} {number(self.latest['value'])}")
         if self.best is not None:
             facts.append(f"best {number(self.best['value'])}")
-        if self.start_units:
+        if self.most_units:
             facts.append(f"→ {self.final_units}")
         return Panel(Group(bar, Text("   ".join(facts))), title="dora-train", title_align="left")
 
@@ -183,10 +186,11 @@ def print_summary(summary: Mapping[str, Any], files: Mapping[str, Path]) -> None
     if best:
         table.add_row("from", f"step {best['step']} ({best['name']} {number(best['value'])})")
     if budget["params_end"]:
+        link = "of" if budget["components_end"] <= budget["components_start"] else "grown from"
         table.add_row(
             "adapter",
-            f"{budget['components_end']:,} of {budget['components_start']:,} {summary['unit']}, "
-            f"{budget['params_end']:,} of {budget['params_start']:,} parameters",
+            f"{budget['components_end']:,} {link} {budget['components_start']:,} {summary['unit']}, "
+            f"{budget['params_end']:,} {link} {budget['params_start']:,} parameters",
         )
     table.add_row(
         "training",

@@ -1,6 +1,7 @@
 """What a run is going to do, said before it does it; ``dry_run=true`` stops here."""
 
 from collections import Counter
+from typing import Any
 
 from dora_cli.adapters.base import AdapterLayer, linear_shape
 from dora_cli.training.optim import warmup_steps
@@ -112,25 +113,29 @@ def _training(session: Session) -> dict[str, str]:
 
 
 def _notes(session: Session) -> list[str]:
-    notes = list(session.rows.notes)
+    notes = [*session.rows.notes, *session.notes]
     notes += [f"dropped from the preset: {line}" for line in session.composed.dropped]
     window, allocation = session.allocation.window, session.allocation
     warmup = warmup_steps(session.config.train.warmup, session.total_steps)
     if allocation.allocator.scores and window.start < warmup:
         notes.append(
-            f"pruning starts at step {window.start}, before the learning rate is warm (step {warmup}): raise "
-            "schedule.start, or lower train.warmup"
+            f"{_acting(allocation.allocator)} starts at step {window.start}, before the learning rate is warm "
+            f"(step {warmup}): raise schedule.start, or lower train.warmup"
         )
     if session.config.budget is not None and session.budget is None:
         notes.append(f"method={session.composed.method} has no budget: budget={session.config.budget} does not apply")
     return notes + _rank_notes(session)
 
 
+def _acting(allocator: Any) -> str:
+    return {"shrink": "pruning", "grow": "growth"}.get(allocator.mode, "allocation")
+
+
 def _rank_notes(session: Session) -> list[str]:
     notes = []
     asked = getattr(session.composed.parts["adapter"], "rank", None)
     budget, mode = session.budget, session.allocation.allocator.mode
-    if budget is not None and budget.kind != "share" and mode != "shrink" and asked is not None:
+    if budget is not None and budget.kind != "share" and mode not in ("shrink", "grow") and asked is not None:
         notes.append(f"adapter.rank={asked} is not used: budget={budget.text} alone says how many components there are")
     full = [layer for layer in session.layers.values() if layer.rank > min(layer.d_in, layer.d_out)]
     if full:

@@ -1,8 +1,9 @@
 """From a composed configuration to everything the loop needs. Nothing is written here."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dora_cli.adapters.base import AdapterLayer, linear_shape
+from dora_cli.adapters.base import AdapterLayer, LowRankPart, linear_shape
 from dora_cli.adapters.inject import inject, remove
 from dora_cli.allocation import rules
 from dora_cli.allocation.budget import Budget, Target, check_reachable, parse_budget, resolve, spread
@@ -27,6 +28,7 @@ from dora_cli.models.targets import find_targets
 from dora_cli.training.optim import build_optimizer, build_scheduler
 
 Batch = dict[str, Tensor]
+IGNORED = -100  # the label of a token that the loss leaves out
 
 
 class Composed(Protocol):
@@ -71,6 +73,7 @@ class Session:
     total_steps: int
     steps_per_epoch: int
     plan: LengthGroupedBatches
+    notes: Sequence[str]  # of the start that looked at data, for the plan
     forward: nn.Module = field(init=False)  # the model, or its compiled form
 
     def __post_init__(self) -> None:
@@ -133,8 +136,8 @@ def build(composed: Composed) -> Session:
     """
     config, parts = composed.config, composed.parts
     units = rules.check(**parts, names=composed.names)
-    _check_values(composed)
     budget = _budget(composed)
+    _check_values(composed, budget)
     device = pick_device(config.train.device)
 
     rows = load_rows(config.data, offline=config.offline, seed=config.seed)
@@ -153,13 +156,14 @@ def build(composed: Composed) -> Session:
     encoded = {role: task.encode(split, loaded.tokenizer) for role, split in rows.splits.items()}
 
     model.requires_grad_(False)
-    parts["adapter"].unfreeze(model)
+    parts["adapter"].unfreeze(model, loaded.head_modules)
     for name in loaded.head_modules:
         model.get_submodule(name).requires_grad_(True)
     targets, ranks, target = _targets(composed, model, loaded.head_modules, budget)
     model.to(device)
     plan = LengthGroupedBatches(encoded["train"].lengths, config.train.batch_size, config.seed)
     start = getattr(parts["adapter"], "start", lambda: None)()
+    asked = dict(zip(targets, ranks, strict=True))
     if start is not None:
         by_cost = target is not None and target.by_cost and parts["allocator"].mode not in ("shrink", "grow")
         ranks = _looked(start, model, targets, ranks, parts["adapter"], by_cost, task, encoded, plan, device)
@@ -167,8 +171,7 @@ def build(composed: Composed) -> Session:
     seed_everything(config.seed)
     layers = inject(model, list(wrapped), parts["adapter"], list(wrapped.values()))
     if start is not None:
-        for name, layer in layers.items():
-            start.fill(name, layer)
+        _fill(start, layers, parts["adapter"], asked)
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)
 
@@ -207,6 +210,7 @@ def build(composed: Composed) -> Session:
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         plan=plan,
+        notes=start.notes if start is not None else (),
     )
 
 
@@ -216,10 +220,10 @@ def _checkpoint_activations(model: Any) -> None:
     (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _check_values(composed: Composed) -> None:
+def _check_values(composed: Composed, budget: Budget | None) -> None:
     """What the parts' options and the training options must agree on."""
     parts, config = composed.parts, composed.config
-    parts["allocator"].check(config.train.learning_rate)
+    parts["allocator"].check(config.train.learning_rate, parts["schedule"], budget)
     start = getattr(parts["adapter"], "start", lambda: None)()
     lacking = start.needs - parts["adapter"].provides if start else frozenset()
     if lacking:
@@ -251,19 +255,31 @@ def _looked(
     """Let a data-driven start look at the bare model's inputs; returns the ranks as it redistributes them."""
     if not start.looks:
         return ranks
-    batch_indices = plan.epoch(0)
 
-    def forwards() -> Iterator[None]:
-        with torch.no_grad():
-            for batch in batches(encoded["train"], batch_indices, workers=0, pin=False, skip=0):
-                task.loss(model, {k: v.to(device) for k, v in batch.items()})
-                yield
+    def passes() -> Iterator[tuple[Tensor, Callable[[], object]]]:
+        for batch in batches(encoded["train"], plan.epoch(0)):
+            batch = {k: v.to(device) for k, v in batch.items()}
+            yield _tokens(batch), partial(task.loss, model, batch)
 
-    model.eval()
-    costs = [adapter.unit_cost(*linear_shape(model.get_submodule(name))) for name in targets]
-    start.observe(model, targets, ranks, forwards)
-    model.train()
-    return start.redistribute(ranks, costs, by_cost=by_cost)
+    modules = [model.get_submodule(name) for name in targets]
+    costs = [adapter.unit_cost(*linear_shape(module)) if by_cost else 1 for module in modules]
+    moved: list[int] = start.observe(model, targets, ranks, costs, passes())
+    return moved
+
+
+def _tokens(batch: Batch) -> Tensor:
+    """Which positions (n, s) of a batch are real: no padding, and where each token has a label, those that count."""
+    real, labels = batch["attention_mask"].bool(), batch.get("labels")
+    per_token = labels is not None and labels.shape == real.shape
+    return real & (labels != IGNORED) if per_token else real
+
+
+def _fill(start: Any, layers: Mapping[str, Any], adapter: Any, asked: Mapping[str, int]) -> None:
+    """Start the factors. The scale alpha / rank stays that of the rank asked for, wherever ranks have moved."""
+    for name, layer in layers.items():
+        start.fill(name, layer)
+        if isinstance(adapter, LowRankPart):
+            layer.scale = adapter.scale(asked[name])
 
 
 def _budget(composed: Composed) -> Budget | None:

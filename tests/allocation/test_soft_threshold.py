@@ -105,7 +105,7 @@ def test_the_largest_gates_are_the_ones_that_stay(stack: Any) -> None:
 
 
 def test_a_threshold_that_would_close_everything_is_refused() -> None:
-    SoftThreshold(threshold=3e-4).check(8e-4)
+    SoftThreshold(threshold=3e-4).check(8e-4, OneShot(), None)
     with pytest.raises(UserError, match=r"allocator\.threshold=0\.001 would close every gate") as error:
-        SoftThreshold(threshold=1e-3).check(1e-3)
+        SoftThreshold(threshold=1e-3).check(1e-3, OneShot(), None)
     assert "train.learning_rate=0.001" in str(error.value.where)

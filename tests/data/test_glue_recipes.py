@@ -23,6 +23,22 @@ TABLE = {
     "qqp": (1e-3, 16, 10, 0.3, 50, 5e-4, 8e-4, 0.1, 100),
     "mnli": (3e-3, 32, 10, 0.3, 50, 5e-4, 5e-4, 0.1, 100),
 }
+AFLORA = {  # rate of the adapter and of the head (METHODS 8)
+    "rte": (1e-2, 4e-2),
+    "mrpc": (1e-2, 8e-2),
+    "stsb": (2e-2, 2e-2),
+    "cola": (1e-2, 4e-2),
+    "sst2": (4e-3, 4e-3),
+    "qnli": (1e-3, 4e-3),
+    "qqp": (4e-3, 4e-3),
+    "mnli": (1e-2, 4e-3),
+}
+INCRELORA = {  # rate, γ, interval (METHODS 10, and the official scripts for rank 2, which say whose is which)
+    "rte": (1.2e-3, 0.3, 100),
+    "cola": (8e-4, 0.1, 100),
+    "sst2": (8e-4, 0.1, 1000),
+    "mnli": (3.5e-4, 0.1, 1000),
+}
 METRICS = {
     "cola": ["matthews"],
     "mrpc": ["accuracy", "f1"],
@@ -72,14 +88,26 @@ def test_tuned_values_are_those_of_the_references(task):
         lines, tuned[path.stem] = read(path)
         assert lines[0] == "# @package _global_" and lines[1].startswith("# ")
     dora = {"train": {"learning_rate": dora_lr}, "regularizer": {"weight": eta}, "allocator": {"interval": interval}}
-    assert tuned == {
+    increlora = {}
+    if task in INCRELORA:
+        rate, weight, steps = INCRELORA[task]
+        increlora["increlora"] = {
+            "train": {"learning_rate": rate},
+            "regularizer": {"weight": weight},
+            "allocator": {"interval": steps},
+        }
+    assert tuned == increlora | {
         "dora": dora,
         "dora_official": {"defaults": [f"glue/{task}/dora"]},
         "dora_paper": {name: dora[name] for name in ("train", "regularizer")},  # Algorithm 1 prunes at every step
         "lora": {"train": {"learning_rate": lora_lr}},
+        "aflora": {"train": dict(zip(("learning_rate", "head_learning_rate"), AFLORA[task], strict=True))},
+        "rslora": {"defaults": [f"glue/{task}/lora"]},
+        "weight_decomposed": {"defaults": [f"glue/{task}/lora"]},
         "adalora": {
             "train": {"learning_rate": adalora_lr},
             "regularizer": {"weight": gamma},
             "allocator": {"interval": delta},
         },
+        "adalora_official": {"defaults": [f"glue/{task}/adalora"]},
     }

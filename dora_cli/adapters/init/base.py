@@ -1,16 +1,17 @@
 """What an initialisation declares and does: it may look at data, move ranks between modules, and fill fresh layers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from dora_cli.adapters.init import INITS
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean, load
 
-Forwards = Callable[[], Iterator[None]]  # each step of the iterator is one forward pass over training data
+# For each batch of training data which positions (n, s) are real tokens, and a call that runs the model over it.
+Passes = Iterable[tuple[Tensor, Callable[[], object]]]
 
 
 class Init:
@@ -18,12 +19,16 @@ class Init:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     looks: ClassVar[bool] = False
+    notes: Sequence[str] = ()  # what the user may want to know of the look
 
-    def observe(self, model: nn.Module, names: Sequence[str], ranks: Sequence[int], forwards: Forwards) -> None:
-        """Look at the inputs of the modules ``names`` of the bare model while ``forwards`` runs; change nothing."""
+    def observe(
+        self, model: nn.Module, names: Sequence[str], ranks: Sequence[int], costs: Sequence[int], passes: Passes
+    ) -> list[int]:
+        """Look at the inputs of the modules ``names`` of the bare model, and change nothing.
 
-    def redistribute(self, ranks: Sequence[int], costs: Sequence[int], *, by_cost: bool) -> list[int]:
-        """Ranks per module, of the same total as ``ranks`` (of no greater cost, where ``by_cost``)."""
+        Returns:
+            Ranks per module that cost no more than ``ranks``, where a component of each module costs ``costs``.
+        """
         return list(ranks)
 
     def fill(self, name: str, layer: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dora_cli.allocation.budget import Target
+from dora_cli.allocation.budget import Budget, Target
 from dora_cli.allocation.schedules import Schedule, Window
 from dora_cli.allocation.table import UnitTable
 from dora_cli.errors import UserError
@@ -18,7 +18,8 @@ class Event:
     """All that an allocator may look at when it acts.
 
     ``limit`` is what may live after this event by the schedule, in units, or parameters where ``by_cost``; ``first``
-    and ``last`` are its values at the start and the end. ``scores()`` asks the importance, once.
+    and ``last`` are its values at the start and the end. ``scores()`` asks the importance, once; ``elements()`` asks it
+    for the scores within each unit.
     """
 
     step: int
@@ -28,6 +29,7 @@ class Event:
     last: int
     by_cost: bool
     scores: Callable[[], Tensor]
+    elements: Callable[[], list[Tensor]]
     table: UnitTable
     schedule: Schedule
     window: Window
@@ -61,8 +63,8 @@ class Allocator:
     def attach(self, table: UnitTable) -> None:
         """Take hold of the table before the optimizer is built."""
 
-    def check(self, learning_rate: float) -> None:
-        """Refuse options that cannot work at this peak rate, before any model loads.
+    def check(self, learning_rate: float, schedule: Schedule, budget: Budget | None) -> None:
+        """Refuse what cannot work at this peak rate, with this schedule and budget, before any model loads.
 
         Raises:
             UserError: naming the option.
@@ -75,6 +77,10 @@ class Allocator:
             UserError: the schedule's window does not fit the run, or this allocator.
         """
         return schedule.window(total)
+
+    def final_step(self, window: Window) -> int:
+        """From which step on evaluations count: the final choice, or 0 where every moment is on budget anyway."""
+        return window.end if self.mode != "static" else 0
 
     def steps_between(self, total: int) -> int:
         """``interval`` in steps, for a run of ``total``."""
@@ -103,6 +109,10 @@ class Allocator:
     def act(self, event: Event) -> None:
         """Use the verbs."""
         raise NotImplementedError
+
+    def report(self, table: UnitTable) -> dict[str, Any]:
+        """What this allocator adds to the record of an event, for JSON."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What exact resume needs beside the table: tensors and plain numbers, one level deep."""

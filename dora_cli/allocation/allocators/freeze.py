@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from dora_cli.allocation.allocators.base import Allocator, Event
 from dora_cli.allocation.budget import Target
@@ -12,10 +13,20 @@ from dora_cli.allocation.table import UnitTable
 
 @dataclass
 class Freeze(Allocator):
-    """The schedule counts tensors that still train, from all to none; exactly as many freeze as it says (METHODS 8)."""
+    """The schedule counts tensors that still train, from all to none.
+
+    ``exact`` (our design, METHODS 8) freezes the lowest scores until exactly as many train as the schedule says.
+    ``quantile`` is the authors' code: with the schedule's frozen share ρ, a tensor freezes where its mean score lies
+    below the ρ-quantile of the scores of single elements, pooled over all that still trains. Means lie above medians,
+    so it lags behind the schedule; at the end all freeze either way.
+    """
 
     interval: int | float = field(
         default=10, metadata={"help": "steps between events, or a share of the run", "above": 0}
+    )
+    rule: str = field(
+        default="exact",
+        metadata={"help": "freeze the scheduled count, or below a quantile", "choices": ("exact", "quantile")},
     )
 
     verbs: ClassVar[frozenset[str]] = frozenset({"freeze"})
@@ -26,11 +37,27 @@ class Freeze(Allocator):
         return int((~table.frozen).sum()), 0
 
     def act(self, event: Event) -> None:
-        table = event.table
-        training = torch.nonzero(~table.frozen).flatten()
-        n_freezing = len(training) - event.limit
-        if n_freezing > 0:
+        training = torch.nonzero(~event.table.frozen).flatten()
+        if not len(training):
+            return
+        if event.final:
+            freezing = training
+        elif self.rule == "exact":
             order = torch.argsort(event.scores()[training], stable=True)
-            mask = torch.zeros(len(table), dtype=torch.bool)
-            mask[training[order[:n_freezing]]] = True
-            table.freeze(mask, event.optimizer)
+            freezing = training[order[: max(0, len(training) - event.limit)]]
+        else:
+            freezing = training[self._below_quantile(event, training)]
+        mask = torch.zeros(len(event.table), dtype=torch.bool)
+        mask[freezing] = True
+        event.table.freeze(mask, event.optimizer)
+
+    def _below_quantile(self, event: Event, training: Tensor) -> Tensor:
+        """Which of the ``training`` rows freeze, by the ρ-quantile: the ⌊ρ n⌋-th smallest of n element scores."""
+        share = event.schedule.share(event.window.x(event.step), event.first, event.last)
+        elements = event.elements()
+        mine = [elements[row] for row in training.tolist()]
+        pool = torch.cat(mine)
+        place = int(share * len(pool))
+        if place < 1:
+            return torch.zeros(len(mine), dtype=torch.bool)
+        return (torch.stack([scores.mean() for scores in mine]) < pool.kthvalue(place).values).cpu()

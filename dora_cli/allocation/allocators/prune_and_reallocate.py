@@ -1,16 +1,13 @@
-"""ALoRA's allocator (Liu et al., NAACL 2024, arXiv 2403.16187): on budget from the start, ranks move between modules.
-
-Its full form (cheaper proxies, gate variants) belongs to the methods issue; this is the procedure of METHODS 5.
-"""
+"""ALoRA's allocator (Liu et al., NAACL 2024, arXiv 2403.16187): on budget from the start, ranks change places."""
 
 from dataclasses import dataclass, field, replace
-from itertools import cycle
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from dora_cli.allocation.allocators.base import Allocator, Event
 from dora_cli.allocation.budget import Target
+from dora_cli.allocation.growth import hand_out, module_means
 from dora_cli.allocation.schedules import Schedule, Window
 from dora_cli.allocation.select import ranking
 from dora_cli.allocation.table import UnitTable
@@ -20,8 +17,8 @@ from dora_cli.allocation.table import UnitTable
 class PruneAndReallocate(Allocator):
     """Each round closes the ``n`` worst ranks; modules that lost none share as many new ones, the best first.
 
-    Where every module lost one, nothing is added, as in the paper. Under a budget of parameters new ranks cost no more
-    than what was closed.
+    They share evenly; what is left over goes to the highest mean scores. Where every module lost one, nothing is added,
+    as in the paper. Under a budget of parameters new ranks cost no more than what was closed.
     """
 
     interval: int | float = field(
@@ -38,6 +35,7 @@ class PruneAndReallocate(Allocator):
 
     def __post_init__(self) -> None:
         self.by_cost = False
+        self.round: dict[str, Any] = {}  # the record of the round just done
 
     def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
         self.by_cost = target is not None and target.by_cost
@@ -45,42 +43,28 @@ class PruneAndReallocate(Allocator):
 
     def window(self, schedule: Schedule, total: int) -> Window:
         """The schedule's, ended by the last round: from then on nothing moves, and evaluations count."""
-        window = schedule.window(total)
-        last_round = window.start + (self.rounds - 1) * self.steps_between(total)
-        return replace(window, end=max(1, min(window.end, last_round)))
+        window, between = schedule.window(total), self.steps_between(total)
+        first_round = window.start or between  # there is no step 0
+        return replace(window, end=max(1, min(window.end, first_round + (self.rounds - 1) * between)))
 
     def act(self, event: Event) -> None:
         table, scores = event.table, event.scores()
+        means = module_means(table, scores)
+        known = {name: mean for name, mean in zip(table.names, means, strict=True) if mean > -torch.inf}
+        self.round = {"scores": known}
         ranked = ranking(table, scores, table.alive)
         n = min(self.n or max(1, len(ranked) // 8), len(ranked) - 1)
         if n < 1:
             return
         closing = torch.zeros(len(table), dtype=torch.bool)
-        closing[ranked[len(ranked) - n :]] = True
+        closing[ranked[-n:]] = True
         losers = set(table.module[closing].tolist())
-        mean = {
-            m: float(scores[(table.module == m) & table.alive].mean()) if count else -torch.inf
-            for m, count in enumerate(table.ranks().values())
-            if m not in losers
-        }
+        winners = sorted((m for m in range(len(means)) if m not in losers), key=lambda m: (-means[m], m))
         freed = int(table.cost[closing].sum()) if self.by_cost else n
         table.drop(closing)
-        for m, share in self._shares(table, sorted(mean, key=lambda m: (-mean[m], m)), freed).items():
-            table.grow(m, share, event.optimizer)
+        for module, gained in hand_out(table, winners, freed, by_cost=self.by_cost).items():
+            table.grow(module, gained, event.optimizer)
 
-    def _shares(self, table: UnitTable, winners: list[int], freed: int) -> dict[int, int]:
-        """New ranks per module: in turn, best first, while what was freed lasts and a module has room (full rank)."""
-        ranks = list(table.ranks().values())
-        cost = {m: table.layers[m].d_in + table.layers[m].d_out if self.by_cost else 1 for m in winners}
-        room = {m: min(table.layers[m].d_in, table.layers[m].d_out) - ranks[m] for m in winners}
-        shares: dict[int, int] = {}
-        idle = 0
-        for m in cycle(winners):
-            if idle == len(winners):
-                break
-            if room[m] > 0 and cost[m] <= freed:
-                shares[m] = shares.get(m, 0) + 1
-                room[m], freed, idle = room[m] - 1, freed - cost[m], 0
-            else:
-                idle += 1
-        return shares
+    def report(self, table: UnitTable) -> dict[str, Any]:
+        """The round's mean score of every module, before ranks moved; not comparable between rounds."""
+        return self.round

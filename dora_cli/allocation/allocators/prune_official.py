@@ -1,14 +1,13 @@
 """DoRA's pruning as its official code does it, quirks included (METHODS 2.5, 2.7, 2.9). For reproduction only."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 
 from dora_cli.allocation.allocators.base import Allocator, Event
-from dora_cli.allocation.budget import Target
+from dora_cli.allocation.budget import Budget
 from dora_cli.allocation.schedules import Schedule, Window
-from dora_cli.allocation.table import UnitTable
 from dora_cli.errors import UserError
 
 
@@ -21,21 +20,26 @@ class PruneOfficial(Allocator):
     verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop"})
     compacts: ClassVar[bool] = False
 
-    def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
-        if target is not None and target.by_cost:
+    def check(self, learning_rate: float, schedule: Schedule, budget: Budget | None) -> None:
+        if budget is not None and budget.kind == "params":
             raise UserError(
-                "allocator=prune_official counts components, not parameters",
+                f"allocator=prune_official counts components, and budget={budget.text} counts parameters",
                 hint="say the budget as an average rank such as budget=r4, or use allocator=prune",
             )
-        return super().bounds(table, target)
+        if type(schedule.start) is type(schedule.end) and schedule.start >= schedule.end:
+            self._refuse(schedule)
 
     def window(self, schedule: Schedule, total: int) -> Window:
         window = schedule.window(total)
-        if window.end_exact <= window.start_exact:
-            raise UserError(
-                f"allocator=prune_official needs schedule.start={schedule.start} before schedule.end={schedule.end}"
-            )
+        if window.start >= window.end:
+            self._refuse(schedule)
         return window
+
+    def _refuse(self, schedule: Schedule) -> NoReturn:
+        raise UserError(
+            f"allocator=prune_official needs schedule.start={schedule.start} before schedule.end={schedule.end}",
+            hint="its budget falls between the two; allocator=prune can do with one event",
+        )
 
     def is_event(self, step: int, window: Window) -> bool:
         """``int(t − start)`` truncates towards 0, so the first event may come a step early (2.9, row 13)."""

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import softshrink
 
 from dora_cli.allocation.allocators.prune import Prune
-from dora_cli.allocation.schedules import Window
+from dora_cli.allocation.budget import Budget
+from dora_cli.allocation.schedules import Schedule, Window
 from dora_cli.allocation.table import UnitTable
 from dora_cli.errors import UserError
 
@@ -23,7 +24,7 @@ class SoftThreshold(Prune):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gates"})
 
-    def check(self, learning_rate: float) -> None:
+    def check(self, learning_rate: float, schedule: Schedule, budget: Budget | None) -> None:
         if self.threshold >= learning_rate:
             raise UserError(
                 f"allocator.threshold={self.threshold:g} would close every gate",

@@ -25,7 +25,7 @@ class Ablation(Importance):
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
         assert probe is not None, "the composition check refuses this importance in a loop without a probe"
         scores = torch.full((len(table),), -torch.inf)
-        ranked = ~table.dropped  # silenced units too: they train between events and may return
+        ranked = ~table.dropped & ~table.spare  # silenced units too: they train between events and may return
         whole = -probe(ranked)
         for unit in torch.nonzero(ranked).flatten().tolist():
             without = ranked.clone()

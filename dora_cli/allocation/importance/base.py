@@ -26,9 +26,16 @@ class Importance:
     def update(self, table: UnitTable, step: int) -> None:
         """Look at weights and gradients after an optimizer step, up to the final choice. No host transfer."""
 
+    def close_period(self, table: UnitTable) -> None:
+        """An event has come: what is measured from one event to the next ends here. Before ``scores``."""
+
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
-        """(n,) float, on the CPU; at allocation events only."""
+        """(n,) float, on the CPU; at allocation events only, and once more for the file beside an adapter."""
         raise NotImplementedError
+
+    def elements(self, table: UnitTable, probe: Probe | None) -> list[Tensor]:
+        """Per unit the flat scores of its elements, whose mean is its score; one where only units are scored."""
+        return list(self.scores(table, probe)[:, None])
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -51,6 +51,11 @@ class FreezingScore(Importance):
             scores[row] = (mean * spread).mean().cpu()
         return scores
 
+    def elements(self, table: UnitTable, probe: Probe | None) -> list[Tensor]:
+        none = torch.zeros(1, device=self._device)  # of a tensor that never trained
+        products = {row: (mean * spread).flatten() for row, (_, mean, spread) in self.state.items()}
+        return [products.get(row, none) for row in range(len(table))]
+
     def _training(self, table: UnitTable) -> list[tuple[int, Tensor]]:
         return [
             (int(table.rows[m][unit]), tensor)

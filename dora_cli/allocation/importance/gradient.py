@@ -11,10 +11,11 @@ from dora_cli.allocation.table import UnitTable
 
 @dataclass
 class Gradient(FlatScores):
-    """|∂L/∂g| for a factor g = 1 before each component, smoothed: S(M) − S(M∖r) ≈ −∂L/∂g.
+    """−∂L/∂g for a factor g = 1 before each component, smoothed: S(M) − S(M∖r) ≈ −∂L/∂g with S = −L.
 
-    By the chain rule ∂L/∂g is the product of the valve with its own gradient, summed over the component: c · ∂L/∂c, or
-    ⟨b, ∂L/∂b⟩ where there are no gates. So one backward pass, the training step's own, scores every component.
+    Negative where the loss would be lower without the component, to first order. By the chain rule ∂L/∂g is the product
+    of the valve with its own gradient, summed over the component: c · ∂L/∂c, or ⟨b, ∂L/∂b⟩ where there are no gates. So
+    one backward pass, the training step's own, scores every component.
     """
 
     beta: float = field(default=0.9, metadata={"help": "smoothing of the scores", "low": 0.0, "below": 1.0})
@@ -29,4 +30,4 @@ class Gradient(FlatScores):
             now = torch.stack([v * (torch.zeros_like(v) if g is None else g) for v, g in pairs])
             if now.dim() > 2:
                 now = now.sum(2 - axis)  # over the entries: the axis, of the two behind the modules, without units
-            smoothed[group.index] = self.beta * smoothed[group.index] + (1 - self.beta) * now.abs().to(smoothed.dtype)
+            smoothed[group.index] = self.beta * smoothed[group.index] + (1 - self.beta) * -now.to(smoothed.dtype)
