@@ -38,7 +38,7 @@ class Lora(LowRankPart):
         super().__post_init__()
         if self.scaling == "rank_stabilised" and self.alpha is None:
             raise UserError(
-                "adapter.scaling=rank_stabilised divides adapter.alpha by √rank, and adapter.alpha is null: a scale of 1",
+                "adapter.scaling=rank_stabilised divides adapter.alpha by √rank, but adapter.alpha=null is scale 1",
                 hint="set adapter.alpha, for example to 8",
             )
 

@@ -22,6 +22,7 @@ from dora_cli.allocation.budget import Target
 from dora_cli.allocation.importance.base import Importance
 from dora_cli.allocation.regularizers.base import Regularizer
 from dora_cli.allocation.schedules import Schedule
+from dora_cli.allocation.select import prefix_closed
 from dora_cli.allocation.table import UnitTable
 
 DEAD_SHARE = 0.25  # compact before the end only when this much is dead, and
@@ -148,7 +149,7 @@ class Allocation:
         return int((self.table.alive & ~self.table.frozen).sum())
 
     def _scores(self) -> Tensor:
-        return self.importance.scores(self.table, self._masked_loss if self.probe else None)
+        return prefix_closed(self.table, self.importance.scores(self.table, self._masked_loss if self.probe else None))
 
     def _elements(self) -> list[Tensor]:
         return self.importance.elements(self.table, self._masked_loss if self.probe else None)

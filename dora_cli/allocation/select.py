@@ -11,7 +11,7 @@ def ranking(table: UnitTable, scores: Tensor, candidates: Tensor) -> Tensor:
     rows = torch.nonzero(candidates).flatten()
     rows = rows[torch.argsort(table.order[rows], stable=True)]
     rows = rows[torch.argsort(table.module[rows], stable=True)]
-    values = _prefix_closed(table, rows, scores[rows].nan_to_num(nan=-torch.inf))
+    values = scores[rows].nan_to_num(nan=-torch.inf)
     return rows[torch.argsort(values, descending=True, stable=True)]
 
 
@@ -36,14 +36,15 @@ def top(table: UnitTable, scores: Tensor, limit: int, *, by_cost: bool, min_rank
     return torch.zeros(len(table), dtype=torch.bool).index_fill_(0, kept, True)
 
 
-def _prefix_closed(table: UnitTable, rows: Tensor, values: Tensor) -> Tensor:
-    """In nested modules a unit is worth no more than any before it, so that what is kept is always a prefix.
+def prefix_closed(table: UnitTable, scores: Tensor) -> Tensor:
+    """Scores (n,) by which whatever is kept of a nested module is a prefix: none counts more than any before it.
 
     The first, without which none of the others takes part, comes before everything else.
     """
+    scores = scores.clone()
     for m, layer in enumerate(table.layers):
         if layer.nested:
-            mine = torch.nonzero(table.module[rows] == m).flatten()
-            values[mine] = values[mine].cummin(0).values
-            values[mine[:1]] = torch.inf
-    return values
+            mine = torch.nonzero(table.module == m).flatten()  # in their order, which is that of the table
+            scores[mine] = scores[mine].nan_to_num(nan=-torch.inf).cummin(0).values
+            scores[mine[:1]] = torch.inf
+    return scores

@@ -274,7 +274,7 @@ def test_looking_leaves_no_trace(model: Attention, fails: bool) -> None:
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     state, stream = torch.get_rng_state(), passes(model, batches_of(sentences()))
     if fails:
-        broken = islice(passes(model, [*batches_of(sentences()), (torch.ones(1, 1, 5), torch.ones(1, 1))]), 7)
+        broken = islice(passes(model, [*batches_of(sentences()), (torch.ones(1, 1, 5), torch.ones(1, 1) > 0)]), 7)
         with pytest.raises(RuntimeError):
             Eva(tolerance=1.0).observe(model, NAMES, [2, 2, 2], [1, 1, 1], broken)
     else:

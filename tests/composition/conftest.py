@@ -70,7 +70,8 @@ def run(model_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[..., Traine
             "train.eval_every": 10,
             "train.save_every": 10,
             "train.warmup": 0.0,
-            "train.learning_rate": 0.01,
+            "train.learning_rate": 0.05,
+            "train.scheduler": "constant",
             "save.which": "last",
             "out": str(out),
         } | dict(word.split("=", 1) for word in overrides)

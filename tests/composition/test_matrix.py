@@ -49,6 +49,8 @@ def overrides(names: dict[str, str]) -> list[str]:
         words += ["schedule=constant" if allocator.mode == "constant" else "schedule=linear"]
     if adapter.budgeted:
         words += ["budget=r2"] + (["adapter.rank=4"] if allocator.mode == "shrink" else [])
+    if names["adapter"] == "gated":
+        words.append("adapter.alpha=64")  # its factors start at 0.02², too small to be seen in ten steps
     if names["allocator"] == "soft_threshold":
         words.append("allocator.threshold=1e-4")
     return words

@@ -36,7 +36,7 @@ NOWHERE = ["recipe=text_classification", "model.name=/nowhere", "data.path=/nowh
         (["method=adalora_official", "budget=340k"], "prune_peft counts components", "budget=r4"),
         (["method=dora_official", "budget=340k"], "prune_official counts components", "budget=r4"),
         (["method=dora_official", "budget=r2", "schedule.start=0.5"], "needs schedule.start=0.5 before", "prune"),
-        (["method=rslora", "budget=r2", "adapter.alpha=null"], "a scale of 1", "set adapter.alpha"),
+        (["method=rslora", "budget=r2", "adapter.alpha=null"], "alpha=null is scale 1", "set adapter.alpha"),
         (["method=dora", "budget=r2", "adapter.scaling=standard"], "components does not read it", "read by lora"),
         (["method=elalora", "budget=r2", "schedule=linear"], "keeps one total throughout", "schedule=constant"),
         (["method=dlora", "budget=r2", "schedule=constant"], "follows a schedule", "cubic_late"),

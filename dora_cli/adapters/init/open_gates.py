@@ -15,8 +15,8 @@ class OpenGates(Init):
     needs: ClassVar[frozenset[str]] = frozenset({"gates"})
 
     def fill(self, name: str, layer: Any) -> None:
+        bound = layer.d_in**-0.5
+        layer.start_from_rows(torch.empty_like(layer.a).uniform_(-bound, bound))
         with torch.no_grad():
-            bound = layer.d_in**-0.5
-            layer.a.uniform_(-bound, bound)
             layer.b.zero_()
             layer.c.normal_()

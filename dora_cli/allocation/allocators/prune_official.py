@@ -6,8 +6,9 @@ from typing import ClassVar, NoReturn
 import torch
 
 from dora_cli.allocation.allocators.base import Allocator, Event
-from dora_cli.allocation.budget import Budget
+from dora_cli.allocation.budget import Budget, Target
 from dora_cli.allocation.schedules import Schedule, Window
+from dora_cli.allocation.table import UnitTable
 from dora_cli.errors import UserError
 
 
@@ -20,12 +21,12 @@ class PruneOfficial(Allocator):
     verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop"})
     compacts: ClassVar[bool] = False
 
+    def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
+        self._check_kind(target is not None and target.by_cost)
+        return super().bounds(table, target)
+
     def check(self, learning_rate: float, schedule: Schedule, budget: Budget | None) -> None:
-        if budget is not None and budget.kind == "params":
-            raise UserError(
-                f"allocator=prune_official counts components, and budget={budget.text} counts parameters",
-                hint="say the budget as an average rank such as budget=r4, or use allocator=prune",
-            )
+        self._check_kind(budget is not None and budget.kind == "params")
         if type(schedule.start) is type(schedule.end) and schedule.start >= schedule.end:
             self._refuse(schedule)
 
@@ -34,6 +35,13 @@ class PruneOfficial(Allocator):
         if window.start >= window.end:
             self._refuse(schedule)
         return window
+
+    def _check_kind(self, in_parameters: bool) -> None:
+        if in_parameters:
+            raise UserError(
+                "allocator=prune_official counts components, and the budget counts parameters",
+                hint="say the budget as an average rank such as budget=r4, or use allocator=prune",
+            )
 
     def _refuse(self, schedule: Schedule) -> NoReturn:
         raise UserError(
