@@ -189,9 +189,11 @@ def _summary(part: type) -> str:
     """What a part is, in a sentence: its module's first, or its own where several parts share a module."""
     module = sys.modules[part.__module__]
     places = [place.split(":")[0] for group in PART_TABLES for place in part_table(group).values()]
-    text = part.__doc__ if places.count(part.__module__) > 1 else module.__doc__
-    first = re.split(r"(?<=[.:])\s(?=[A-Z])|\n\n", " ".join((text or "").split()), maxsplit=1)[0]
-    return first.rstrip(".:").replace("``", "`").replace("|", "\\|")
+    text = (part.__doc__ if places.count(part.__module__) > 1 else module.__doc__) or ""
+    shared = places.count(part.__module__) > 1
+    first = " ".join(text.split()) if shared else text.strip().splitlines()[0]
+    first = re.sub(r"\s*\((METHODS|DESIGN)[^)]*\)", "", first)
+    return first.rstrip(".:").replace("``", "`").replace("|", BAR)
 
 
 def main() -> int:

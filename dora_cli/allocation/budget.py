@@ -94,43 +94,41 @@ def resolve(budget: Budget, costs: Sequence[int], start_rank: int | None, *, shr
     return target
 
 
-def check_reachable(budget: Budget, mode: str, start_rank: int | None, min_rank: int, method: str) -> None:
+def check_reachable(
+    budget: Budget, mode: str, rank: int | None, *, floor: int = 0, first: int = 1, method: str = ""
+) -> None:
     """Refuse what no model could make possible, before one is loaded.
 
     Args:
         budget: as parsed.
         mode: how the allocator meets a budget (``shrink``, ``grow``, ``constant``, ``static``).
-        start_rank: ``adapter.rank`` where it is set.
-        min_rank: components that every module keeps.
+        rank: ``adapter.rank`` where it is set: what a share is a share of, and where a shrinking method starts.
+        floor: components that every module keeps.
+        first: components of each module from which a growing method starts.
         method: its name, for the message.
 
     Raises:
-        UserError: a growing method asked for a share or for no more than its start, a shrinking one for more than
-            its start, or a budget below the least that every module keeps.
+        UserError: a growing method asked for no more than its start, a shrinking one for more than its start, or a
+            budget below the least that every module keeps.
     """
-    if mode == "grow" and budget.kind == "share":
-        raise UserError(
-            f"method={method} grows towards its budget, and budget={budget.text} is a share of its start",
-            hint="say the budget as an average rank such as budget=r4, or in parameters such as budget=340k",
-        )
-    average = {"average": budget.value, "share": budget.value * start_rank if start_rank else None}.get(budget.kind)
+    average = {"average": budget.value, "share": budget.value * rank if rank else None}.get(budget.kind)
     if average is None:
         return
-    if mode == "grow" and average <= (start_rank or 1):
+    if mode == "grow" and average <= first:
         raise UserError(
-            f"budget={budget.text} is no more than the adapter starts with (adapter.rank={start_rank or 1})",
-            where=f"method={method} grows towards its budget",
-            hint="raise the budget or lower adapter.rank",
+            f"budget={budget.text} is no more than the adapter starts with (allocator.start_rank={first})",
+            where=f"method={method} grows towards its budget, and this one is an average rank of {average:g}",
+            hint="raise the budget",
         )
-    if mode == "shrink" and start_rank and average > start_rank:
+    if mode == "shrink" and rank and average > rank:
         raise UserError(
-            f"budget={budget.text} asks for more than the adapter starts with (adapter.rank={start_rank})",
+            f"budget={budget.text} asks for more than the adapter starts with (adapter.rank={rank})",
             where="there is nothing to prune",
             hint="raise adapter.rank, or set a smaller budget",
         )
-    if average < min_rank:
+    if average < floor:
         raise UserError(
-            f"budget={budget.text} keeps {average:g} components a module, and each must keep {min_rank} at least",
+            f"budget={budget.text} keeps {average:g} components a module, and each must keep {floor} at least",
             hint="raise the budget, or lower allocator.min_rank where the method allows it",
         )
 

@@ -135,7 +135,7 @@ def _rank_notes(session: Session) -> list[str]:
     notes = []
     asked = getattr(session.composed.parts["adapter"], "rank", None)
     budget, mode = session.budget, session.allocation.allocator.mode
-    if budget is not None and budget.kind != "share" and mode not in ("shrink", "grow") and asked is not None:
+    if budget is not None and budget.kind != "share" and mode != "shrink" and asked is not None:
         notes.append(f"adapter.rank={asked} is not used: budget={budget.text} alone says how many components there are")
     full = [layer for layer in session.layers.values() if layer.rank > min(layer.d_in, layer.d_out)]
     if full:

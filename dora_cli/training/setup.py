@@ -300,7 +300,8 @@ def _budget(composed: Composed) -> Budget | None:
         resolve(budget, [1], None, shrinks=False)  # refuses: a share needs a rank
     if budget is not None:
         floor = max(adapter.min_rank, getattr(allocator, "min_rank", 0))
-        check_reachable(budget, allocator.mode, adapter.rank, floor, composed.method)
+        first = getattr(allocator, "start_rank", 1)
+        check_reachable(budget, allocator.mode, adapter.rank, floor=floor, first=first, method=composed.method)
     return budget
 
 
@@ -316,8 +317,8 @@ def _targets(
     if budget is None:
         return names, [adapter.rank] * len(names), None
     if allocator.mode == "grow":
-        rank = adapter.rank or 1
-        target = resolve(budget, costs, rank, shrinks=False)
+        rank = allocator.start_rank
+        target = resolve(budget, costs, adapter.rank, shrinks=False)
         if target.by_cost and target.limit <= rank * sum(costs):
             raise UserError(
                 f"budget={budget.text} is no more than the adapter starts with",

@@ -224,7 +224,8 @@ def test_modules_with_the_same_input_share_one_decomposition(model: Attention, m
     eva.observe(model, NAMES, [2, 3, 2], [1, 1, 1], passes(model, batches_of(sentences())))
     assert len(updates) == 2 * 6  # six batches: one for q and k, one for o
     assert len(set(updates)) == 2
-    assert torch.equal(eva.rows["q"], eva.rows["k"][:2])  # as wide as the wider of the two
+    assert [len(eva.rows[name]) for name in NAMES] == [2, 3, 2]  # as wide as the wider of the two
+    assert torch.equal(eva.rows["q"], eva.rows["k"][:2])
 
 
 def test_a_module_that_sees_no_tokens_gets_no_rank(model: Attention) -> None:

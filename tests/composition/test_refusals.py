@@ -13,9 +13,10 @@ NOWHERE = ["recipe=text_classification", "model.name=/nowhere", "data.path=/nowh
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        (["method=increlora", "budget=0.1"], "method=increlora grows towards its budget", "budget=r4"),
+        (["method=increlora", "budget=0.1"], "is a share of the starting components", "adapter.rank"),
+        (["method=increlora", "budget=0.1", "adapter.rank=10"], "budget=0.1 is no more than the adapter", "raise"),
         (["method=increlora", "budget=r1"], "budget=r1 is no more than the adapter starts with", "raise the budget"),
-        (["method=increlora", "budget=r4", "adapter.rank=4"], "adapter.rank=4", "lower adapter.rank"),
+        (["method=increlora", "budget=r4", "allocator.start_rank=4"], "allocator.start_rank=4", "raise the budget"),
         (["method=dora", "budget=r12", "adapter.rank=8"], "budget=r12 asks for more than the adapter", "adapter.rank"),
         (["method=dora", "budget=r0.5", "allocator.min_rank=1"], "each must keep 1 at least", "raise the budget"),
         (["method=bayesian_lora", "budget=r0.5"], "budget=r0.5 keeps 0.5 components a module", "raise the budget"),

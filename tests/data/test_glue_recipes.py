@@ -102,6 +102,8 @@ def test_tuned_values_are_those_of_the_references(task):
         "dora_paper": {name: dora[name] for name in ("train", "regularizer")},  # Algorithm 1 prunes at every step
         "lora": {"train": {"learning_rate": lora_lr}},
         "aflora": {"train": dict(zip(("learning_rate", "head_learning_rate"), AFLORA[task], strict=True))},
+        **{method: {"defaults": [f"glue/{task}/lora"]} for method in ("alora", "dlora", "eva")},
+        "elalora": {"train": {"learning_rate": adalora_lr}, "regularizer": {"weight": gamma}},
         "rslora": {"defaults": [f"glue/{task}/lora"]},
         "weight_decomposed": {"defaults": [f"glue/{task}/lora"]},
         "adalora": {

@@ -56,12 +56,24 @@ def test_the_preset_moves_ranks_within_the_total_and_learns(
     assert losses[-1] < losses[0]
 
 
-def test_a_budget_in_parameters_is_not_exceeded(dora_train: Train, tmp_path: Path) -> None:
+def test_a_budget_in_parameters_is_not_exceeded(
+    dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[list[int]] = []
+    real = Eva.observe
+
+    def observe(self: Eva, model: Any, names: Any, ranks: Any, costs: Any, passes: Any) -> list[int]:
+        weights.append(costs)
+        return real(self, model, names, ranks, costs, passes)
+
+    monkeypatch.setattr(Eva, "observe", observe)
     assert dora_train("method=lora", "budget=1000", *SHORT, f"out={tmp_path}/even") == 0
     assert dora_train("method=eva", "budget=1000", *SHORT, f"out={tmp_path}/eva") == 0
     even, eva = (read(tmp_path / f"{n}/summary.json") for n in ("even", "eva"))
     assert eva["ranks"] != even["ranks"]
     assert eva["budget"]["params_end"] <= even["budget"]["params_end"] <= 1000
+    assert dora_train("method=eva", "budget=r2", "dry_run=true") == 0
+    assert weights == [[32, 32, 32, 32, 48, 48] * 2, [1] * 12]
 
 
 @pytest.mark.parametrize("alpha", ["null", "4"])

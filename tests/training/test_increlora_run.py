@@ -44,12 +44,11 @@ def unplugged(dora_train: Train, words: list[str], step: int, monkeypatch: pytes
 
 
 def test_the_plan_says_how_it_grows(dora_train: Train, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert dora_train(*WORDS, "adapter.rank=2", "dry_run=true") == 0
+    assert dora_train(*WORDS, "allocator.start_rank=2", "dry_run=true") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "24 components" in text and "(rank 2)" in text  # spares are not counted
     assert "36 components (budget=r3)" in text
     assert "24 → 27 → 30 → 33 → 36, after the events at steps 4, 8, 12, 16, 20" in text
-    assert "is not used" not in text  # adapter.rank is
     assert dora_train(*WORDS, "train.warmup=0.5", "dry_run=true") == 0
     assert "growth starts at step 4, before the learning rate is warm" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
@@ -114,8 +113,8 @@ def test_what_growth_cannot_reach_is_refused(
     dora_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for words, message in (
-        (["budget=0.5"], "is a share of its start"),
-        (["budget=r2", "adapter.rank=3"], "budget=r2 is no more than the adapter starts with (adapter.rank=3)"),
+        (["budget=0.5", "adapter.rank=2"], "budget=0.5 is no more than the adapter starts with"),
+        (["budget=r2", "allocator.start_rank=3"], "is no more than the adapter starts with (allocator.start_rank=3)"),
         (["budget=400"], "budget=400 is no more than the adapter starts with"),
         (["budget=r17"], "204 components, more than these 12 modules can use"),
         (["adapter=lora", "allocator.spares=2", "regularizer=none"], "allocator.spares=0"),

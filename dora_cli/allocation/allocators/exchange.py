@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dora_cli.allocation.allocators.base import Allocator, Event
 from dora_cli.allocation.budget import Target
+from dora_cli.allocation.growth import component_cost, hand_out
 from dora_cli.allocation.select import ranking
 from dora_cli.allocation.table import UnitTable
 
@@ -51,12 +52,10 @@ class Exchange(Allocator):
         freed = int(table.cost[closing].sum())
         table.drop(closing)
         for module in gaining:
-            layer = table.layers[module]
-            cost = layer.unit_costs()[0] if self.by_cost and layer.rank else 0
-            full = int((table.module[table.alive] == module).sum()) >= min(layer.d_in, layer.d_out)
-            if not full and cost <= freed:
+            shares = hand_out(table, [module], freed if self.by_cost else 1, by_cost=self.by_cost)
+            if shares:
                 table.grow(module, 1, event.optimizer)
-                freed -= cost
+                freed -= component_cost(table.layers[module])
 
     def _pool(self, table: UnitTable, scores: Tensor) -> Tensor:
         """The nominees of all modules, best first: each module's worst, but never all that it has."""

@@ -32,6 +32,7 @@ class Grow(Allocator):
     interval: int | float = field(
         default=100, metadata={"help": "steps between events, or a share of the run", "above": 0}
     )
+    start_rank: int = field(default=1, metadata={"help": "components per module at the start", "low": 1})
     per_module: int | None = field(
         default=None,
         metadata={"help": "ranks that a module gains in its turn; null: half the average asked for", "low": 1},
