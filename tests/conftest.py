@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from dora_cli.adapters.base import AdapterLayer, LowRankPart
+from dora_cli.adapters.base import AdapterLayer
 from dora_cli.adapters.components import Components
 from dora_cli.adapters.inject import inject
+from dora_cli.adapters.part import LowRankPart
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dora_cli.adapters.base import AdapterLayer, RankedPart, linear_shape, uniform
+from dora_cli.adapters.base import AdapterLayer, linear_shape, uniform
+from dora_cli.adapters.part import RankedPart
 
 
 class AfloraLayer(AdapterLayer):

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dora_cli.adapters.base import LowRankLayer, LowRankPart, linear_shape, uniform
+from dora_cli.adapters.base import LowRankLayer, linear_shape, uniform
+from dora_cli.adapters.part import LowRankPart
 from dora_cli.errors import UserError
 
 

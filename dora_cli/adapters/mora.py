@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dora_cli.adapters.base import RANK_HELP, TARGETS_HELP, AdapterLayer, AdapterPart, linear_shape
+from dora_cli.adapters.base import AdapterLayer, linear_shape
+from dora_cli.adapters.part import RANK_HELP, TARGETS_HELP, AdapterPart
 
 
 def square_side(d_out: int, d_in: int, rank: int) -> int:

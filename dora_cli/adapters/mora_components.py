@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dora_cli.adapters.base import LowRankLayer, RankedPart, linear_shape, uniform
+from dora_cli.adapters.base import LowRankLayer, linear_shape, uniform
 from dora_cli.adapters.mora import compressed, sharing_factors, square_side, wrapped
+from dora_cli.adapters.part import RankedPart
 from dora_cli.errors import UserError
 
 

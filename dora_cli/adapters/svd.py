@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dora_cli.adapters.base import LowRankLayer, LowRankPart, linear_shape
+from dora_cli.adapters.base import LowRankLayer, linear_shape
+from dora_cli.adapters.part import LowRankPart
 
 INIT_STD = 0.02  # both published codes
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from dora_cli.adapters.base import AdapterPart
+from dora_cli.adapters.part import AdapterPart
 
 
 @dataclass

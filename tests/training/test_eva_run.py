@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dora_cli.adapters.init.eva import Eva
 from dora_cli.cli import train_run
-from dora_cli.training.setup import _tokens
+from dora_cli.training.start import real_tokens
 
 Train = Callable[..., int]
 SHORT = ["train.max_steps=12", "train.log_every=2", "train.eval_every=6"]
@@ -119,9 +119,9 @@ def test_padding_and_tokens_without_a_label_are_no_data() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     labels = torch.tensor([[-100, 3, -100], [2, -100, 1]])
     rows = torch.tensor([0, 1])
-    assert _tokens({"attention_mask": mask, "labels": labels}).tolist() == [[False, True, False], [True, False, True]]
-    assert torch.equal(_tokens({"attention_mask": mask, "labels": rows}), mask.bool())
-    assert torch.equal(_tokens({"attention_mask": mask}), mask.bool())
+    assert real_tokens({"attention_mask": mask, "labels": labels}).tolist() == [[False, True, False], [True, False, True]]
+    assert torch.equal(real_tokens({"attention_mask": mask, "labels": rows}), mask.bool())
+    assert torch.equal(real_tokens({"attention_mask": mask}), mask.bool())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""How large a run is: the budget as asked, what it comes to for these modules, and what can be refused early."""
+
+from typing import Any
+
+from torch import nn
+
+from dora_cli.adapters.base import linear_shape
+from dora_cli.allocation.budget import Budget, Target, check_reachable, parse_budget, resolve, spread
+from dora_cli.errors import UserError
+from dora_cli.models.targets import find_targets
+
+
+def check_values(composed: Any, budget: Budget | None) -> None:
+    """What the parts' options and the training options must agree on."""
+    parts, config = composed.parts, composed.config
+    parts["allocator"].check(config.train.learning_rate, parts["schedule"], budget)
+    start = getattr(parts["adapter"], "start", lambda: None)()
+    lacking = start.needs - parts["adapter"].provides if start else frozenset()
+    if lacking:
+        raise UserError(
+            f"adapter.init={parts['adapter'].init} needs {', '.join(sorted(lacking))}, which "
+            f"adapter={composed.names['adapter']} does not have",
+            hint="use adapter.init=default, or another adapter",
+        )
+    if config.export == "uniform" and parts["adapter"].export not in ("lora", "decomposed"):
+        raise UserError(
+            f"export=uniform: the update of method={composed.method} is no pair of low-rank factors",
+            where="servers read low-rank adapters only",
+            hint="merge it: save.merged=true writes RUN/merged, or use dora-merge checkpoint=RUN out=DIR afterwards",
+        )
+
+
+def asked_budget(composed: Any) -> Budget | None:
+    """The budget as asked, or None where the method has none; refused early where it can't be read."""
+    budget = parse_budget(composed.config.budget)
+    adapter = composed.parts["adapter"]
+    if not adapter.budgeted:
+        return None
+    allocator = composed.parts["allocator"]
+    if budget is None and allocator.mode in ("shrink", "grow"):
+        raise UserError(
+            f"method={composed.method} works towards a budget, but none is set",
+            hint="set for example budget=r8 (average rank), budget=0.1 (share) or budget=340k (parameters)",
+        )
+    if budget is None and adapter.rank is None:
+        raise UserError("neither budget nor adapter.rank says how large the adapter is", hint="set budget=r8")
+    if budget is not None and budget.kind == "share" and adapter.rank is None:
+        resolve(budget, [1], None, shrinks=False)  # refuses: a share needs a rank
+    if budget is not None:
+        floor = max(adapter.min_rank, getattr(allocator, "min_rank", 0))
+        first = getattr(allocator, "start_rank", 1)
+        check_reachable(budget, allocator.mode, adapter.rank, floor=floor, first=first, method=composed.method)
+    return budget
+
+
+def sized_targets(
+    composed: Any, model: nn.Module, head_modules: list[str], budget: Budget | None
+) -> tuple[list[str], list[int], Target | None]:
+    """Names of the target modules, their ranks at the start, and the resolved budget."""
+    adapter, allocator = composed.parts["adapter"], composed.parts["allocator"]
+    if not adapter.wraps:
+        return [], [], None
+    names = find_targets(model, adapter.targets, exclude=head_modules)
+    costs = [adapter.unit_cost(*linear_shape(model.get_submodule(name))) for name in names]
+    if budget is None:
+        return names, [adapter.rank] * len(names), None
+    if allocator.mode == "grow":
+        rank = allocator.start_rank
+        target = resolve(budget, costs, adapter.rank, shrinks=False)
+        if target.by_cost and target.limit <= rank * sum(costs):
+            raise UserError(
+                f"budget={budget.text} is no more than the adapter starts with",
+                where=f"{len(names)} modules × rank {rank} = {rank * sum(costs):,} parameters",
+                hint="raise the budget",
+            )
+        return names, [rank] * len(names), target
+    shrinks = allocator.mode == "shrink"
+    rank = adapter.rank if adapter.rank is not None else budget.start_rank(costs)
+    target = resolve(budget, costs, rank, shrinks=shrinks)
+    if not shrinks:
+        return names, spread(target, costs), target
+    floor = max(adapter.min_rank, getattr(allocator, "min_rank", 0))
+    if floor * (sum(costs) if target.by_cost else len(costs)) > target.limit:
+        raise UserError(
+            f"each module must keep {floor} components at least, which is more than budget={budget.text} leaves",
+            where=f"{len(names)} modules × {floor} against {target.limit:,}",
+            hint="raise the budget, or lower allocator.min_rank where the method allows it",
+        )
+    assert rank is not None
+    return names, [rank] * len(names), target

@@ -1,0 +1,39 @@
+"""Starts that are more than each adapter's own: the passes over training data that they look at, and the filling."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_cli.adapters.part import LowRankPart
+from dora_cli.data.batching import LengthGroupedBatches, batches
+from dora_cli.data.encoded import Encoded
+from dora_cli.data.tasks.base import Task
+
+IGNORED = -100  # the label of a token that the loss leaves out
+
+
+def passes(
+    model: nn.Module, task: Task, encoded: Encoded, plan: LengthGroupedBatches, device: torch.device
+) -> Iterator[tuple[Tensor, Callable[[], object]]]:
+    """For each training batch of the first epoch: which of its tokens (n, s) are real, and its forward pass."""
+    for batch in batches(encoded, plan.epoch(0)):
+        batch = {k: v.to(device) for k, v in batch.items()}
+        yield real_tokens(batch), partial(task.loss, model, batch)
+
+
+def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """Which positions (n, s) of a batch are real: no padding, and where each token has a label, those that count."""
+    real, labels = batch["attention_mask"].bool(), batch.get("labels")
+    per_token = labels is not None and labels.shape == real.shape
+    return real & (labels != IGNORED) if per_token else real
+
+
+def fill(start: Any, layers: Mapping[str, Any], adapter: Any, asked: Mapping[str, int]) -> None:
+    """Start the factors. The scale alpha / rank stays that of the rank asked for, wherever ranks have moved."""
+    for name, layer in layers.items():
+        start.fill(name, layer)
+        if isinstance(adapter, LowRankPart):
+            layer.scale = adapter.scale(asked[name])
