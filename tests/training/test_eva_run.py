@@ -119,7 +119,8 @@ def test_padding_and_tokens_without_a_label_are_no_data() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     labels = torch.tensor([[-100, 3, -100], [2, -100, 1]])
     rows = torch.tensor([0, 1])
-    assert real_tokens({"attention_mask": mask, "labels": labels}).tolist() == [[False, True, False], [True, False, True]]
+    labelled = real_tokens({"attention_mask": mask, "labels": labels})
+    assert labelled.tolist() == [[False, True, False], [True, False, True]]
     assert torch.equal(real_tokens({"attention_mask": mask, "labels": rows}), mask.bool())
     assert torch.equal(real_tokens({"attention_mask": mask}), mask.bool())
 
