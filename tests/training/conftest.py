@@ -6,6 +6,12 @@ from typing import Any
 
 import pytest
 
+from dora_cli.cli import train_run
+
+
+class Unplugged(BaseException):
+    """The plug is pulled."""
+
 
 @pytest.fixture
 def dora_train(model_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[..., int]:
@@ -27,5 +33,26 @@ def dora_train(model_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[...,
         if "recipe" not in given:
             words.insert(0, "recipe=text_classification")
         return main([*words, *overrides])
+
+    return run
+
+
+@pytest.fixture
+def unplugged(dora_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run the command until the checkpoint at a step is written, and pull the plug there."""
+
+    def run(step: int, *overrides: str) -> None:
+        real = train_run.save_checkpoint
+
+        def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
+            path = real(folder, at, *args, **kwargs)
+            if at == step:
+                raise Unplugged
+            return path
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_run, "save_checkpoint", save)
+            with pytest.raises(Unplugged):
+                dora_train(*overrides)
 
     return run

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from dora_cli.allocation.importance.freezing_score import FreezingScore
-from dora_cli.cli import train_run
 
 Train = Callable[..., int]
 # 40 steps: freezing at every second one from 4 to 24, every projection may freeze
@@ -38,30 +37,15 @@ def same(one: Path, two: Path) -> bool:
     )
 
 
-def cut(dora_train: Train, words: list[str], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run until the checkpoint at ``step`` is written, then pull the plug."""
-    real = train_run.save_checkpoint
-
-    def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
-        path = real(folder, at, *args, **kwargs)
-        if at == step:
-            raise KeyboardInterrupt
-        return path
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_run, "save_checkpoint", save)
-        assert dora_train(*words) == 130
-
-
 @pytest.mark.parametrize("rule", ["exact", "quantile"])
 def test_resuming_in_the_middle_gives_the_same_bits_and_needs_the_scores(
-    rule: str, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rule: str, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unplugged: Callable[..., None]
 ) -> None:
     """Step 10 lies in the middle of the freezing, and of a window of the gradient average."""
     words = [*WORDS, f"allocator.rule={rule}"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
     for name in ("kept", "lost"):
-        cut(dora_train, [*words, f"out={tmp_path}/{name}"], 10, monkeypatch)
+        unplugged(10, *words, f"out={tmp_path}/{name}")
         with monkeypatch.context() as patch:
             if name == "lost":
                 patch.setattr(FreezingScore, "load_state_dict", lambda self, state: None)

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from dora_cli.allocation.importance.gradient import Gradient
 from dora_cli.allocation.table import UnitTable
-from dora_cli.cli import train_run
 from dora_cli.cli.eval import main as dora_eval
 from dora_cli.cli.merge import main as dora_merge
 
@@ -27,21 +26,6 @@ def read(path: Path) -> Any:
 
 def adapter_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter/adapter_model.safetensors")
-
-
-def unplugged(dora_train: Train, words: list[str], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run until the checkpoint at ``step`` is written, then pull the plug."""
-    real = train_run.save_checkpoint
-
-    def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
-        path = real(folder, at, *args, **kwargs)
-        if at == step:
-            raise KeyboardInterrupt
-        return path
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_run, "save_checkpoint", save)
-        assert dora_train(*words) == 130
 
 
 def test_ranks_move_and_the_result_reloads_merges_and_keeps_its_record(dora_train: Train, tmp_path: Path) -> None:
@@ -102,11 +86,11 @@ def test_the_probe_sees_one_batch_of_validation_rows_in_eval_mode_and_full_preci
     ids=" ".join,
 )
 def test_resuming_between_two_rounds_gives_the_same_bits(
-    options: list[str], dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], dora_train: Train, tmp_path: Path, unplugged: Callable[..., None]
 ) -> None:
     words = [word for word in WORDS if options != ["importance=gradient"] or "importance.rows" not in word] + options
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
-    unplugged(dora_train, [*words, f"out={tmp_path}/cut"], 9, monkeypatch)
+    unplugged(9, *words, f"out={tmp_path}/cut")
     assert dora_train(*words, f"out={tmp_path}/cut", "resume=true") == 0
     assert read(tmp_path / "whole/ranks.json") == read(tmp_path / "cut/ranks.json")
     one, two = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut")
@@ -116,11 +100,11 @@ def test_resuming_between_two_rounds_gives_the_same_bits(
 
 @pytest.mark.parametrize("lost", ["scores", "table"])
 def test_a_resume_that_had_lost_its_state_would_be_noticed(
-    lost: str, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lost: str, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unplugged: Callable[..., None]
 ) -> None:
     words = [word for word in WORDS if "importance.rows" not in word] + ["importance=gradient"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
-    unplugged(dora_train, [*words, f"out={tmp_path}/cut"], 9, monkeypatch)
+    unplugged(9, *words, f"out={tmp_path}/cut")
     if lost == "scores":
         monkeypatch.setattr(Gradient, "load_state_dict", lambda self, state: None)
     else:

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from dora_cli.adapters.quantise import THRESHOLD, decided, first_open, nested
-from dora_cli.cli import train_run
 from dora_cli.cli.eval import main as dora_eval
 from dora_cli.cli.merge import main as dora_merge
 
@@ -130,16 +129,12 @@ def test_options_that_cannot_be_meant_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-class Unplugged(BaseException):
-    """The plug is pulled right after a checkpoint."""
-
-
 DUAL = ["regularizer.target_rank=1.5", "train.gradient_checkpointing=true", "train.accumulation=2"]
 
 
 @pytest.mark.parametrize(("step", "more"), [(7, []), (14, DUAL), (28, [])])  # before the choice, at step 20, and after
 def test_resuming_gives_the_same_bits(
-    step: int, more: list[str], dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, more: list[str], dora_train: Train, tmp_path: Path, unplugged: Callable[..., None]
 ) -> None:
     words = [*QUICK, "budget=r1.5", "adapter.rank=4", "train.max_steps=40", "train.save_every=7", *more]
 
@@ -151,18 +146,7 @@ def test_resuming_gives_the_same_bits(
         return metrics, json.loads((run / "ranks.json").read_text()), *files
 
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
-    real = train_run.save_checkpoint
-
-    def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
-        path = real(folder, at, *args, **kwargs)
-        if at == step:
-            raise Unplugged
-        return path
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_run, "save_checkpoint", save)
-        with pytest.raises(Unplugged):
-            dora_train(*words, f"out={tmp_path}/cut")
+    unplugged(step, *words, f"out={tmp_path}/cut")
     assert dora_train(*words, f"out={tmp_path}/cut", "resume=true") == 0
     whole, cut = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
     assert whole[:2] == cut[:2]

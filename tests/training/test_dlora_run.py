@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from dora_cli.allocation.importance.displacement import Displacement
-from dora_cli.cli import train_run
 
 Train = Callable[..., int]
 # 40 steps: events at every second step, revivals at 6 and on, the final choice at 20
@@ -54,21 +53,6 @@ def test_the_number_in_training_is_the_schedules_and_the_run_learns(
     assert summary["trained_params_mean"] < summary["trained_params"]
 
 
-def unplugged(dora_train: Train, words: list[str], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run until the checkpoint at ``step`` is written, then pull the plug."""
-    real = train_run.save_checkpoint
-
-    def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
-        path = real(folder, at, *args, **kwargs)
-        if at == step:
-            raise KeyboardInterrupt
-        return path
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_run, "save_checkpoint", save)
-        assert dora_train(*words) == 130
-
-
 @pytest.mark.parametrize(
     ("options", "step"),
     [
@@ -81,11 +65,11 @@ def unplugged(dora_train: Train, words: list[str], step: int, monkeypatch: pytes
     ],
 )
 def test_resuming_in_the_middle_gives_the_same_bits(
-    options: list[str], step: int, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], step: int, dora_train: Train, tmp_path: Path, unplugged: Callable[..., None]
 ) -> None:
     words = [*WORDS, *options, "train.save_every=3"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
-    unplugged(dora_train, [*words, f"out={tmp_path}/cut"], step, monkeypatch)
+    unplugged(step, *words, f"out={tmp_path}/cut")
     assert not (tmp_path / "cut/summary.json").exists()
     assert dora_train(*words, f"out={tmp_path}/cut", "resume=true") == 0
     assert read(tmp_path / "whole/ranks.json") == read(tmp_path / "cut/ranks.json")
@@ -95,11 +79,11 @@ def test_resuming_in_the_middle_gives_the_same_bits(
 
 
 def test_a_resume_that_had_lost_its_snapshots_would_be_noticed(
-    dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unplugged: Callable[..., None]
 ) -> None:
     words = [*WORDS, "train.save_every=3"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
-    unplugged(dora_train, [*words, f"out={tmp_path}/cut"], 9, monkeypatch)
+    unplugged(9, *words, f"out={tmp_path}/cut")
     monkeypatch.setattr(Displacement, "load_state_dict", lambda self, state: None)
     assert dora_train(*words, f"out={tmp_path}/cut", "resume=true") == 0
     assert read(tmp_path / "whole/ranks.json") != read(tmp_path / "cut/ranks.json")

@@ -21,10 +21,6 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-class Unplugged(BaseException):
-    """The plug is pulled right after a checkpoint."""
-
-
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every session that the command builds."""
@@ -136,22 +132,11 @@ def test_padding_and_tokens_without_a_label_are_no_data() -> None:
     ids=["lora", "bare", "components", "aflora"],
 )
 def test_resuming_gives_the_same_bits(
-    words: list[str], dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], dora_train: Train, tmp_path: Path, unplugged: Callable[..., None]
 ) -> None:
     words = [*words, *SHORT, "train.save_every=5"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
-    real = train_run.save_checkpoint
-
-    def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
-        path = real(folder, at, *args, **kwargs)
-        if at == 5:
-            raise Unplugged
-        return path
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_run, "save_checkpoint", save)
-        with pytest.raises(Unplugged):
-            dora_train(*words, f"out={tmp_path}/cut")
+    unplugged(5, *words, f"out={tmp_path}/cut")
     assert dora_train(*words, f"out={tmp_path}/cut", "resume=true") == 0
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     first, second = (load_file(run / "adapter/adapter_model.safetensors") for run in (whole, cut))

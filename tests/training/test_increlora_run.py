@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from dora_cli.allocation.importance.module_sensitivity import ModuleSensitivity
-from dora_cli.cli import train_run
 from dora_cli.cli.eval import main as dora_eval
 from dora_cli.cli.merge import main as dora_merge
 
@@ -26,21 +25,6 @@ def read(path: Path) -> Any:
 
 def adapter_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter/adapter_model.safetensors")
-
-
-def unplugged(dora_train: Train, words: list[str], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run until the checkpoint at ``step`` is written, then pull the plug."""
-    real = train_run.save_checkpoint
-
-    def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
-        path = real(folder, at, *args, **kwargs)
-        if at == step:
-            raise KeyboardInterrupt
-        return path
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_run, "save_checkpoint", save)
-        assert dora_train(*words) == 130
 
 
 def test_the_plan_says_how_it_grows(dora_train: Train, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -133,11 +117,11 @@ def test_what_growth_cannot_reach_is_refused(
     ],
 )
 def test_resuming_in_the_middle_gives_the_same_bits(
-    options: list[str], step: int, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], step: int, dora_train: Train, tmp_path: Path, unplugged: Callable[..., None]
 ) -> None:
     words = [*WORDS, *options, "train.save_every=3"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
-    unplugged(dora_train, [*words, f"out={tmp_path}/cut"], step, monkeypatch)
+    unplugged(step, *words, f"out={tmp_path}/cut")
     assert dora_train(*words, f"out={tmp_path}/cut", "resume=true") == 0
     assert read(tmp_path / "whole/ranks.json") == read(tmp_path / "cut/ranks.json")
     one, two = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut")
@@ -146,11 +130,11 @@ def test_resuming_in_the_middle_gives_the_same_bits(
 
 
 def test_a_resume_that_had_lost_the_scores_would_be_noticed(
-    dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unplugged: Callable[..., None]
 ) -> None:
     words = [*WORDS, "train.save_every=3"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
-    unplugged(dora_train, [*words, f"out={tmp_path}/cut"], 6, monkeypatch)
+    unplugged(6, *words, f"out={tmp_path}/cut")
     monkeypatch.setattr(ModuleSensitivity, "load_state_dict", lambda self, state: None)
     assert dora_train(*words, f"out={tmp_path}/cut", "resume=true") == 0
     assert read(tmp_path / "whole/ranks.json") != read(tmp_path / "cut/ranks.json")

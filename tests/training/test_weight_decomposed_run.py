@@ -16,7 +16,6 @@ from dora_cli.adapters.lora import Lora
 from dora_cli.adapters.weight_decomposed import WeightDecomposed
 from dora_cli.checkpoints.apply import apply_adapter, start_from
 from dora_cli.checkpoints.peft_io import read_adapter
-from dora_cli.cli import train_run
 from dora_cli.errors import UserError
 
 peft = pytest.importorskip("peft")
@@ -119,28 +118,14 @@ def test_eval_of_run_adapter_and_merged_gives_the_runs_numbers(dora_train: Train
     ids=["pruned", "adalora_official"],
 )
 def test_resuming_gives_the_same_bits(
-    words: list[str], step: int, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], step: int, dora_train: Train, tmp_path: Path, unplugged: Callable[..., None]
 ) -> None:
     """The window is steps 3 to 10 here: before the final choice and after it."""
-
-    class Unplugged(BaseException):
-        pass
-
-    real = train_run.save_checkpoint
-
-    def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
-        path = real(folder, at, *args, **kwargs)
-        if at == step:
-            raise Unplugged
-        return path
 
     words = [*words, "allocator.interval=3", "train.max_steps=20", "train.save_every=7", "train.eval_every=20"]
     words += ["schedule.start=3", "schedule.end=10"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(train_run, "save_checkpoint", save)
-        with pytest.raises(Unplugged):
-            dora_train(*words, f"out={tmp_path}/cut")
+    unplugged(step, *words, f"out={tmp_path}/cut")
     assert dora_train(*words, f"out={tmp_path}/cut", "resume=true") == 0
     for name in ("adapter/adapter_model.safetensors", "adapter/method_state.safetensors"):
         whole, cut = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)

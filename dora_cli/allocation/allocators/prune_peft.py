@@ -4,19 +4,18 @@ For reproduction; ``prune`` is exact. PEFT's names: t_init is the window's start
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 import torch
 
-from dora_cli.allocation.allocators.base import Allocator, Event
-from dora_cli.allocation.budget import Budget, Target
-from dora_cli.allocation.schedules import CubicEarly, Schedule, Window
+from dora_cli.allocation.allocators.base import Event
+from dora_cli.allocation.allocators.masked import Masked
+from dora_cli.allocation.schedules import CubicEarly, Window
 from dora_cli.allocation.table import UnitTable
-from dora_cli.errors import UserError
 
 
 @dataclass
-class PrunePeft(Allocator):
+class PrunePeft(Masked):
     """Masks every component at or below the k-th smallest score, all that tie with it too, k = b₀ − int(b(t)).
 
     A masked component is never dropped: until the end it may return, and after it its gate is closed again after each
@@ -26,35 +25,7 @@ class PrunePeft(Allocator):
     interval: int = field(default=1, metadata={"help": "act at steps that this divides", "low": 1})
 
     verbs: ClassVar[frozenset[str]] = frozenset({"silence"})
-    compacts: ClassVar[bool] = False
-
-    def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
-        self._check_kind(target is not None and target.by_cost)
-        return super().bounds(table, target)
-
-    def check(self, learning_rate: float, schedule: Schedule, budget: Budget | None) -> None:
-        self._check_kind(budget is not None and budget.kind == "params")
-        if type(schedule.start) is type(schedule.end) and schedule.start >= schedule.end:
-            self._refuse(schedule)
-
-    def window(self, schedule: Schedule, total: int) -> Window:
-        window = schedule.window(total)
-        if window.start >= window.end:
-            self._refuse(schedule)
-        return window
-
-    def _check_kind(self, in_parameters: bool) -> None:
-        if in_parameters:
-            raise UserError(
-                "allocator=prune_peft counts components, and the budget counts parameters",
-                hint="say the budget as an average rank such as budget=r4, or use allocator=prune",
-            )
-
-    def _refuse(self, schedule: Schedule) -> NoReturn:
-        raise UserError(
-            f"allocator=prune_peft needs schedule.start={schedule.start} before schedule.end={schedule.end}",
-            hint="its budget falls between the two; allocator=prune can do with one event",
-        )
+    name: ClassVar[str] = "prune_peft"
 
     def is_event(self, step: int, window: Window) -> bool:
         """Multiples of the interval inside the window, counted from step 0; and always its end."""
