@@ -95,7 +95,7 @@ def test_the_total_is_constant_in_parameters_too(stack: Any) -> None:
         assert event is not None
         costs.append(event["params"])
     assert max(costs) <= start
-    assert min(costs) >= start - 3 * 32 * 10
+    assert min(costs) > start - 32  # what is left over would not pay for one more of the dearer components
 
 
 def test_an_exchange_takes_away_what_is_dropped_and_adds_nothing_to_the_function(stack: Any) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dora_cli.allocation.allocators.base import Allocator, Event
 from dora_cli.allocation.budget import Target
-from dora_cli.allocation.growth import component_cost, hand_out
+from dora_cli.allocation.growth import hand_out
 from dora_cli.allocation.select import ranking
 from dora_cli.allocation.table import UnitTable
 
@@ -18,8 +18,8 @@ class Exchange(Allocator):
     """Each module nominates its ``nominees`` worst components; of these the worst move to the owners of the best.
 
     b(t) = round(moves · (1 − x³)) components move at an event, x the position in the window: many at first, none at
-    the end (METHODS 10). No module nominates all it has, so none is ever emptied. Under a budget of parameters a
-    component moves only where it costs no more than what has been freed.
+    the end (METHODS 10). No module nominates all it has, so none is ever emptied. Under a budget of parameters
+    what is left over from moves to cheaper modules goes to those that gain next.
     """
 
     interval: int | float = field(
@@ -33,12 +33,11 @@ class Exchange(Allocator):
     grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.by_cost = False
+        self.limit: int | None = None  # parameters, where the budget counts them
 
     def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
-        self.by_cost = target is not None and target.by_cost
-        total = table.alive_cost() if self.by_cost else table.alive_count()
-        return total, total
+        self.limit = target.limit if target is not None and target.by_cost else None
+        return len(table), len(table)
 
     def act(self, event: Event) -> None:
         table = event.table
@@ -49,13 +48,10 @@ class Exchange(Allocator):
         closing = torch.zeros(len(table), dtype=torch.bool)
         closing[pool[-moves:]] = True
         gaining = table.module[pool[:moves]].tolist()
-        freed = int(table.cost[closing].sum())
         table.drop(closing)
-        for module in gaining:
-            shares = hand_out(table, [module], freed if self.by_cost else 1, by_cost=self.by_cost)
-            if shares:
-                table.grow(module, 1, event.optimizer)
-                freed -= component_cost(table.layers[module])
+        left = moves if self.limit is None else self.limit - table.alive_cost()
+        for module, n in hand_out(table, gaining, left, by_cost=self.limit is not None).items():
+            table.grow(module, n, event.optimizer)
 
     def _pool(self, table: UnitTable, scores: Tensor) -> Tensor:
         """The nominees of all modules, best first: each module's worst, but never all that it has."""

@@ -34,11 +34,11 @@ class PruneAndReallocate(Allocator):
     grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.by_cost = False
+        self.limit: int | None = None  # parameters, where the budget counts them
         self.round: dict[str, Any] = {}  # the record of the round just done
 
     def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
-        self.by_cost = target is not None and target.by_cost
+        self.limit = target.limit if target is not None and target.by_cost else None
         return len(table), len(table)
 
     def window(self, schedule: Schedule, total: int) -> Window:
@@ -60,9 +60,9 @@ class PruneAndReallocate(Allocator):
         closing[ranked[-n:]] = True
         losers = set(table.module[closing].tolist())
         winners = sorted((m for m in range(len(means)) if m not in losers), key=lambda m: (-means[m], m))
-        freed = int(table.cost[closing].sum()) if self.by_cost else n
         table.drop(closing)
-        for module, gained in hand_out(table, winners, freed, by_cost=self.by_cost).items():
+        left = n if self.limit is None else self.limit - table.alive_cost()
+        for module, gained in hand_out(table, winners, left, by_cost=self.limit is not None).items():
             table.grow(module, gained, event.optimizer)
 
     def report(self, table: UnitTable) -> dict[str, Any]:
