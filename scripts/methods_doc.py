@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
+
 from dora_cli.adapters import ADAPTERS
 from dora_cli.adapters.init import INITS
 from dora_cli.allocation import ALLOCATORS, IMPORTANCES, REGULARIZERS, rules

@@ -96,7 +96,7 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def unit_costs(self) -> list[int]:
-        """Parameters that each unit costs in the saved file, in order."""
+        """Parameters that each unit costs under the budget, in order."""
         return [self.d_in + self.d_out] * self.rank
 
     def unit_tensors(self) -> list[nn.Parameter]:
@@ -136,6 +136,10 @@ class AdapterLayer(nn.Module):
     def fresh(self, n: int) -> dict[str, Tensor]:
         """Values of ``n`` new units that leave the function as it is, by parameter name."""
         raise NotImplementedError
+
+    def open_units(self) -> Tensor:
+        """(r,) bool: which components take part, by the layer's own gates."""
+        return torch.ones(self.rank, dtype=torch.bool)
 
     def settle(self) -> None:
         """The final choice is made: whatever was stochastic about which units take part is so no more."""
@@ -268,7 +272,8 @@ class LowRankLayer(AdapterLayer):
             raise UserError(
                 f"adapter.init_from: a pair of shapes {tuple(a.shape)}, {tuple(b.shape)} does not fit a layer of rank "
                 f"{self.rank} with d_in {self.d_in} and d_out {self.d_out}",
-                hint="raise adapter.rank, or start from an adapter of the same model",
+                hint="start with more components (adapter.rank; allocator.start_rank where the method grows; the "
+                "budget where it stays), or from an adapter of the same model",
             )
         with torch.no_grad():
             # The size goes where this parametrisation keeps it: balanced factors, and the gate (if any) at 1.

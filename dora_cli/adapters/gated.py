@@ -76,6 +76,9 @@ class GatedLayer(LowRankLayer):
         bits, ranks = self._decided()
         return self._quantised(bits)[2] * ranks
 
+    def open_units(self) -> Tensor:
+        return self._decided()[1].detach().cpu() > 0
+
     def settle(self) -> None:
         """The kept components' rank gates are open for good; bit gates stay what they are without noise."""
         self.settled = True

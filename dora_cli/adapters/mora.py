@@ -153,6 +153,7 @@ class Mora(AdapterPart):
 
     units: ClassVar[tuple[str, ...]] = ("modules",)
     export: ClassVar[str] = "square"
+    size_word: ClassVar[str] = "side of the square"
     instead: ClassVar[str] = "; adapter=mora_components can be pruned"
 
     def __post_init__(self) -> None:

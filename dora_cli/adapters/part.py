@@ -32,6 +32,7 @@ class AdapterPart:
     budgeted: ClassVar[bool] = True
     wraps: ClassVar[bool] = True
     export: ClassVar[str] = "lora"
+    size_word: ClassVar[str] = "rank"  # what the size of a module's update is called
 
     def unfreeze(self, model: nn.Module, heads: Sequence[str] = ()) -> None:
         """Make those of the base's own parameters train that this method trains; the others are frozen already.
@@ -60,7 +61,9 @@ class RankedPart(AdapterPart):
     rank: int | None = field(default=None, metadata={"help": RANK_HELP, "low": 1})
     dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input", "low": 0.0, "below": 1.0})
     targets: Any = field(default=None, metadata={"help": TARGETS_HELP})
-    init: str = field(default="default", metadata={"help": "where the factors start: the method's own way, or eva"})
+    init: str = field(
+        default="default", metadata={"help": "where the factors start: the adapter's own way, eva, or open_gates"}
+    )
     init_rho: float | None = field(
         default=None, metadata={"help": "eva: candidates per module are rho · rank; 1 moves no ranks", "low": 1.0}
     )

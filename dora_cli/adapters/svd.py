@@ -35,7 +35,7 @@ class Svd(LowRankPart):
     provides: ClassVar[frozenset[str]] = frozenset({"rows", "gates"})
 
     def scale(self, start_rank: int) -> float:
-        return 1.0 if self.alpha is None else self.alpha / (start_rank + 1e-5)
+        return 1.0 if self.alpha is None else self.alpha / (max(start_rank, 1) + 1e-5)
 
     def layer(self, base: nn.Module, rank: int) -> SvdLayer:
         d_out, d_in = linear_shape(base)

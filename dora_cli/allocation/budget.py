@@ -84,10 +84,11 @@ def resolve(budget: Budget, costs: Sequence[int], start_rank: int | None, *, shr
     else:
         target = Target(round(budget.value * n * start_rank), by_cost=False)
     if target.limit < (min(costs) if target.by_cost else 1):
+        rank_meant = f"for an average rank of {budget.text} say budget=r{budget.text}"
         raise UserError(
             f"budget={budget.text} keeps no component at all",
             where=f"{n} modules; the cheapest component has {min(costs):,} parameters",
-            hint="raise the budget",
+            hint=rank_meant if target.by_cost else "raise the budget",
         )
     if shrinks and start_rank is not None:
         _refuse_growth(budget, target, costs, start_rank)

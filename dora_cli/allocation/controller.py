@@ -59,7 +59,7 @@ class Allocation:
         self.table = UnitTable(layers, units)
         self.schedule, self.importance, self.allocator, self.regularizer = schedule, importance, allocator, regularizer
         self.window = allocator.window(schedule, total_steps)
-        self.by_cost = target is not None and target.by_cost and allocator.mode in ("shrink", "grow")
+        self.by_cost = target is not None and target.by_cost and allocator.mode in ("shrink", "grow", "constant")
         self.first, self.last = allocator.bounds(self.table, target)
         self.probe = probe
         self.start_count, self.start_cost = len(self.table), int(self.table.cost.sum())
@@ -74,8 +74,8 @@ class Allocation:
 
     @property
     def most_count(self) -> int:
-        """Units that will ever live at once, at most: those of the start, or what a growing method's budget allows."""
-        if self.allocator.mode != "grow" or not len(self.table):
+        """Units that will ever live at once, at most: those of the start, or what the budget allows to grow."""
+        if not self.allocator.grows or not len(self.table):
             return self.start_count
         return self.last // int(self.table.cost.min()) if self.by_cost else self.last
 

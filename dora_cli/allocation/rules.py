@@ -30,13 +30,21 @@ def check(adapter: Any, importance: Any, schedule: Any, allocator: Any, regulari
         ("allocator", allocator, ALLOCATORS),
         ("regularizer", regularizer, REGULARIZERS),
     ):
-        _check_part(adapter, group, part, table, names)
+        others = allocator.units if group != "allocator" and set(adapter.units) & allocator.units else None
+        _check_part(adapter, group, part, table, names, others or frozenset(adapter.units))
     kind = next((k for k in adapter.units if k in importance.units & allocator.units & regularizer.units), None)
+    if kind is None and set(adapter.units) & importance.units & allocator.units:
+        raise UserError(
+            f"allocator={names['allocator']} and regularizer={names['regularizer']} do not go together",
+            where=f"{names['allocator']} works on {_either(allocator.units)}, {names['regularizer']} on "
+            f"{_either(regularizer.units)}",
+            hint="use regularizer=none",
+        )
     if kind is None:
         raise UserError(
             f"allocator={names['allocator']} and importance={names['importance']} do not go together",
             where=f"{names['allocator']} works on {_either(allocator.units)}, {names['importance']} on "
-            f"{_either(importance.units)}, regularizer={names['regularizer']} on {_either(regularizer.units)}",
+            f"{_either(importance.units)}",
             hint=f"with allocator={names['allocator']}: importance="
             + " or ".join(n for n in _fitting(IMPORTANCES, adapter, allocator.units) if n != "none"),
         )
@@ -72,8 +80,13 @@ def combinations() -> Iterator[tuple[dict[str, str], str | UserError]]:
             yield names, error
 
 
-def _check_part(adapter: Any, group: str, part: Any, table: dict[str, str], names: dict[str, str]) -> None:
-    """Refuse an importance, allocator or regularizer that finds no units, or not what it needs, in the adapter."""
+def _check_part(
+    adapter: Any, group: str, part: Any, table: dict[str, str], names: dict[str, str], usable: frozenset[str]
+) -> None:
+    """Refuse an importance, allocator or regularizer that finds no units, or not what it needs, in the adapter.
+
+    ``usable`` are the units that what is suggested instead may work on.
+    """
     if set(adapter.units) & part.units:
         lacking = part.needs - LOOP - adapter.provides
         if not lacking:
@@ -85,7 +98,7 @@ def _check_part(adapter: Any, group: str, part: Any, table: dict[str, str], name
         f"adapter={names['adapter']} {group}={names[group]} do not go together",
         where=where,
         hint=f"with adapter={names['adapter']}: {group}="
-        + " or ".join(n for n in _fitting(table, adapter, frozenset(adapter.units)) if n != names[group])
+        + " or ".join(n for n in _fitting(table, adapter, usable) if n != names[group])
         + getattr(part, "instead", "")
         + getattr(adapter, "instead", ""),
     )

@@ -200,6 +200,7 @@ class Step(Schedule):
 class OneShot(Schedule):
     """Everything until the end, then the final budget at once."""
 
+    start: ClassVar[Steps] = 0  # type: ignore[misc]  # no key: nothing happens before the end
     one_event: ClassVar[bool] = True
 
     def progress(self, x: float) -> float:

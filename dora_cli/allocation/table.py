@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dora_cli.adapters.base import AdapterLayer, LowRankLayer, WholeModule
 from dora_cli.adapters.inject import regroup
 from dora_cli.adapters.resize import check_state, discard, resize
+from dora_cli.errors import UserError
 
 COLUMNS = ("module", "order", "cost", "alive", "dropped", "frozen", "spare")
 ResizeListener = Callable[[int, Tensor, int], None]  # module, positions kept, units appended
@@ -94,6 +95,14 @@ class UnitTable:
         counts = torch.bincount(self.module[self.alive], minlength=len(self.layers)).tolist()
         return dict(zip(self.names, counts, strict=True))
 
+    def contributing(self) -> Tensor:
+        """(n,) bool: units that live and that their layer's own gates let through."""
+        mask = self.alive.clone()
+        if self.kind == "components":
+            for layer, rows in zip(self.layers, self.rows, strict=True):
+                mask[rows] &= layer.open_units()
+        return mask
+
     def alive_count(self) -> int:
         return int(self.alive.sum())
 
@@ -155,10 +164,11 @@ class UnitTable:
             self.owners[m].silence(positions)
 
     def settle(self) -> None:
-        """The final choice is made; whatever is stochastic about it ends."""
+        """The final choice is made; whatever is stochastic about which components take part ends."""
         self.settled = True
-        for layer in self.layers:
-            layer.settle()
+        if self.kind == "components":
+            for layer in self.layers:
+                layer.settle()
 
     def freeze(self, mask: Tensor, optimizer: Optimizer | None = None) -> None:
         """Stop training the units of ``mask``. Given the optimizer, they leave it, moments and all."""
@@ -244,10 +254,17 @@ class UnitTable:
     def state_dict(self) -> dict[str, Any]:
         tensors = {k: getattr(self, k) for k in COLUMNS}
         numbers = {"compactions": self.compactions, "settled": int(self.settled)}
-        return tensors | numbers | {f"rows.{m}": rows for m, rows in enumerate(self.rows)}
+        return {"names": self.names} | tensors | numbers | {f"rows.{m}": rows for m, rows in enumerate(self.rows)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved table, giving each layer the physical rows it had then (values are loaded elsewhere)."""
+        if state["names"] != self.names:
+            raise UserError(
+                "the checkpoint has adapters on other modules than this run",
+                where=f"{len(state['names'])} modules then, {len(self.names)} now, not all of them the same",
+                hint="a start that looks at data (adapter.init=eva) may move ranks on another machine: resume on one "
+                "like the first, or begin anew",
+            )
         for m in range(len(self.layers)):
             rows = state[f"rows.{m}"]
             kept = torch.arange(min(len(rows), len(self.rows[m])))

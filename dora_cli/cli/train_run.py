@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from dora_cli.evaluation.predict import evaluate
 from dora_cli.reporting.events import ALLOCATION, MetricsFile, jsonable
 from dora_cli.reporting.terminal import View, print_plan, print_summary
 from dora_cli.training.loop import Hooks, train
-from dora_cli.training.plan import describe
-from dora_cli.training.setup import Session, build
+from dora_cli.training.plan import alive_word, describe
+from dora_cli.training.setup import Begin, Session, build
 from dora_cli.training.state import Progress, capture, restore
 from dora_cli.training.summary import rank_map, summarise
 
@@ -62,29 +62,35 @@ def run(composed: Composed) -> int:
             run_folder.check_same(saved, composed.yaml, out / run_folder.CONFIG)
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    session = build(composed)
+    checkpoint, messages = newest_checkpoint(out / run_folder.CHECKPOINTS) if config.resume else (None, [])
+    session = build(composed, None if checkpoint else _begin(composed))
     build_metrics(session.task.metric_names, session.task.num_labels)  # a wrong name, before the folder is made
-    start = getattr(composed.parts["adapter"], "init_from", None)
-    if start is not None:
-        start_from(session.layers, session.model, read_adapter(Path(start).expanduser()))
     print_plan(describe(session, str(out)))
     if config.dry_run:
         return 0
-    return _Run(session, out).go()
+    return _Run(session, out, checkpoint, messages).go()
+
+
+def _begin(composed: Composed) -> Begin | None:
+    """What ``adapter.init_from`` asks for; read now, so that a wrong folder is refused before a model loads."""
+    folder = getattr(composed.parts["adapter"], "init_from", None)
+    if folder is None:
+        return None
+    adapter = read_adapter(Path(folder).expanduser())
+    return lambda layers, model: start_from(layers, model, adapter)
 
 
 class _Run:
     """A run's files, opened; the hooks that the loop calls."""
 
-    def __init__(self, session: Session, out: Path) -> None:
+    def __init__(
+        self, session: Session, out: Path, checkpoint: Path | None = None, messages: Sequence[str] = ()
+    ) -> None:
         self.session, self.out, self.progress = session, out, Progress()
         self.signal: str | None = None
-        self.messages: list[str] = []
+        self.messages = list(messages)
         config = session.config
-        checkpoint = None
-        if config.resume:
-            checkpoint, self.messages = newest_checkpoint(out / run_folder.CHECKPOINTS)
-        elif out.exists():
+        if not config.resume and out.exists():
             run_folder.clear(out)
         out.mkdir(parents=True, exist_ok=True)
         atomic_write_text(out / run_folder.CONFIG, session.composed.yaml)
@@ -103,6 +109,7 @@ class _Run:
             metric=session.task.metric_names[0],
             log=out / run_folder.LOG,
             first_step=self.progress.step,
+            word=alive_word(session),
         )
 
     def go(self) -> int:
@@ -261,7 +268,7 @@ def _low_rank(session: Session, name: str) -> LowRank:
     if not layer.active:
         return _nothing(name, layer.base_layer)
     if table.kind == "components":
-        living = table.alive[table.rows[table.names.index(name)]].to(a.device)
+        living = table.contributing()[table.rows[table.names.index(name)]].to(a.device)
         a, b = a[living], b[:, living]
     if isinstance(layer, WeightDecomposedLayer):
         magnitude = layer.magnitude.detach().cpu()

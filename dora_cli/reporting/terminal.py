@@ -47,10 +47,11 @@ class View:
         metric: str,
         log: Path | None,
         first_step: int = 0,
+        word: str = "alive",
     ) -> None:
         self.console = Console(highlight=False)
         self.total, self.final_units, self.metric = total_steps, final_units, metric
-        self.start_units, self.most_units = start_units, most_units
+        self.start_units, self.most_units, self.word = start_units, most_units, word
         self.log_file: TextIO | None = log.open("a", encoding="utf-8") if log else None
         self.first_step = self.step = first_step
         self.started = time.monotonic()
@@ -93,7 +94,9 @@ class View:
 
     def event(self, record: Mapping[str, Any]) -> None:
         self.record["alive"] = record["alive"]
-        self._log_only(f"step {record['step']}  allocation: {record['alive']} units alive, budget {record['budget']}")
+        self._log_only(
+            f"step {record['step']}  allocation: {record['alive']} units {self.word}, budget {record['budget']}"
+        )
 
     def evaluated(self, record: Mapping[str, Any], better: bool) -> None:
         self.latest = dict(record)
@@ -112,7 +115,8 @@ class View:
         return duration((time.monotonic() - self.started) / done * (self.total - self.step))
 
     def _budget(self) -> str:
-        return f"alive {self.record.get('alive', self.start_units)}/{self.most_units}" if self.most_units else ""
+        count = self.record.get("alive", self.start_units)
+        return f"{self.word} {count}/{self.most_units}" if self.most_units else ""
 
     def _train_line(self) -> str:
         r = self.record

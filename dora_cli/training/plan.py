@@ -72,15 +72,17 @@ def _adapter(session: Session) -> dict[str, str]:
         return {"trained": f"{trained:,} parameters of the model itself; the budget does not apply"}
     allocation = session.allocation
     unit = allocation.table.kind
+    adapter = session.composed.parts["adapter"]
+    sizes = session.start_ranks if "components" in adapter.units else [la.rank for la in session.layers.values()]
     lines = {
         "start": f"{allocation.start_count:,} {unit}, {allocation.start_cost:,} parameters "
-        f"(rank {_range(session.start_ranks)})"
+        f"({adapter.size_word} {_range(sizes)})"
     }
     if allocation.allocator.mode in ("shrink", "grow"):
         what = "parameters at most" if allocation.by_cost else unit
         lines["end"] = f"{allocation.last:,} {what} (budget={session.config.budget})"
     elif session.config.budget is not None:
-        lines["end"] = f"the same, on budget throughout (budget={session.config.budget})"
+        lines["end"] = f"on budget throughout (budget={session.config.budget})"
     return lines
 
 
@@ -91,9 +93,11 @@ def _schedule(session: Session) -> dict[str, str]:
     shown = sorted({events[round(i * (len(events) - 1) / 4)] for i in range(5)})  # the first, the last, some between
     counts = [f"{allocation.schedule.count(s, window, allocation.first, allocation.last):,}" for s in shown]
     what = " parameters at most" if allocation.by_cost else ""
+    after = "event at step " if len(shown) == 1 else "events at steps "
+    start = "" if allocation.by_cost or allocation.first == allocation.last else f"{allocation.first:,} at the start, "
     lines = {
-        "window": f"steps {window.start} to {window.end} of {window.total}, {len(events)} allocation event(s)",
-        "alive": " → ".join(counts) + f"{what}, after the events at steps " + ", ".join(map(str, shown)),
+        "window": f"steps {min(events)} to {window.end} of {window.total}, {counted(len(events), 'allocation event')}",
+        alive_word(session): start + " → ".join(counts) + f"{what} after the {after}" + ", ".join(map(str, shown)),
     }
     if getattr(allocation.allocator, "revive", False) and len(events) > 1:
         lines["revival"] = "until the last event pruned components keep training and may return, so the steps before"
@@ -107,19 +111,21 @@ def _training(session: Session) -> dict[str, str]:
     warmup = warmup_steps(train.warmup, session.total_steps)
     return {
         "steps": f"{session.total_steps:,} of {rows} rows ({session.total_steps / session.steps_per_epoch:.3g} epochs)",
-        "rate": f"{train.learning_rate:g} {train.scheduler}, {warmup:,} steps of warm-up, "
+        "rate": f"{train.learning_rate:g} {train.scheduler}, {counted(warmup, 'step')} of warm-up, "
         f"weight decay {train.weight_decay:g}, clip {train.clip_norm}",
     }
 
 
 def _notes(session: Session) -> list[str]:
     notes = [*session.rows.notes, *session.notes]
-    notes += [f"dropped from the preset: {line}" for line in session.composed.dropped]
-    window, allocation = session.allocation.window, session.allocation
+    notes += [f"a key from a recipe or preset has no effect: {line}" for line in session.composed.dropped]
+    allocation = session.allocation
     warmup = warmup_steps(session.config.train.warmup, session.total_steps)
-    if allocation.allocator.scores and window.start < warmup:
+    steps = range(1, min(warmup, allocation.window.end + 1))
+    early = next((t for t in steps if allocation.is_event(t)), None) if allocation.allocator.scores else None
+    if early is not None:
         notes.append(
-            f"{_acting(allocation.allocator)} starts at step {window.start}, before the learning rate is warm "
+            f"{_acting(allocation.allocator)} starts at step {early}, before the learning rate is warm "
             f"(step {warmup}): raise schedule.start, or lower train.warmup"
         )
     if session.config.budget is not None and session.budget is None:
@@ -128,7 +134,8 @@ def _notes(session: Session) -> list[str]:
 
 
 def _acting(allocator: Any) -> str:
-    return {"shrink": "pruning", "grow": "growth"}.get(allocator.mode, "allocation")
+    words = {"shrink": "pruning", "grow": "growth", "static": "freezing"}
+    return words.get(allocator.mode, "allocation")
 
 
 def _rank_notes(session: Session) -> list[str]:
@@ -136,11 +143,20 @@ def _rank_notes(session: Session) -> list[str]:
     asked = getattr(session.composed.parts["adapter"], "rank", None)
     budget, mode = session.budget, session.allocation.allocator.mode
     if budget is not None and budget.kind != "share" and mode != "shrink" and asked is not None:
-        notes.append(f"adapter.rank={asked} is not used: budget={budget.text} alone says how many components there are")
+        notes.append(f"adapter.rank is not used: budget={budget.text} alone says how large the adapter is")
     full = [layer for layer in session.layers.values() if layer.rank > min(layer.d_in, layer.d_out)]
     if full:
         notes.append(f"{len(full)} modules start with a rank above their smaller side: more than they can use")
     return notes
+
+
+def alive_word(session: Session) -> str:
+    """What the count of an allocation says of its units: that they live, or where that is not in question, train."""
+    return "alive" if session.allocation.table.kind == "components" else "in training"
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 def _range(ranks: list[int]) -> str:

@@ -1,7 +1,7 @@
 """From a composed configuration to everything the loop needs. Nothing is written here."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from dora_cli.training.sizing import asked_budget, check_values, sized_targets
 from dora_cli.training.start import fill, passes
 
 Batch = dict[str, Tensor]
-IGNORED = -100  # the label of a token that the loss leaves out
+Begin = Callable[[dict[str, AdapterLayer], nn.Module], object]
 
 
 class Composed(Protocol):
@@ -128,8 +128,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build(composed: Composed) -> Session:
+def build(composed: Composed, begin: Begin | None = None) -> Session:
     """Load, adapt and join everything, cheapest checks first.
+
+    Args:
+        composed: the configuration and its parts.
+        begin: puts trained values into fresh layers and head, before anything looks at them.
 
     Raises:
         UserError: whatever in the configuration, the data or the model does not fit.
@@ -174,6 +178,8 @@ def build(composed: Composed) -> Session:
     layers = inject(model, list(wrapped), parts["adapter"], list(wrapped.values()))
     if start is not None:
         fill(start, layers, parts["adapter"], asked)
+    if begin is not None:
+        begin(layers, model)
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)
 

@@ -22,6 +22,12 @@ def check_values(composed: Any, budget: Budget | None) -> None:
             f"adapter={composed.names['adapter']} does not have",
             hint="use adapter.init=default, or another adapter",
         )
+    wanted, rank = getattr(parts["regularizer"], "target_rank", None), getattr(parts["adapter"], "rank", None)
+    if wanted is not None and rank is not None and wanted > rank:
+        raise UserError(
+            f"regularizer.target_rank={wanted:g} lies above the start, adapter.rank={rank}: no gate would ever close",
+            hint="lower regularizer.target_rank, or raise adapter.rank",
+        )
     if config.export == "uniform" and parts["adapter"].export not in ("lora", "decomposed"):
         raise UserError(
             f"export=uniform: the update of method={composed.method} is no pair of low-rank factors",

@@ -28,9 +28,9 @@ def summarise(session: Session, progress: Progress) -> dict[str, Any]:
         "budget": {
             "requested": session.config.budget if session.budget else None,
             "components_start": allocation.start_count,
-            "components_end": int(table.alive.sum()),
+            "components_end": int(table.contributing().sum()),
             "params_start": allocation.start_cost,
-            "params_end": table.alive_cost(),
+            "params_end": int(table.cost[table.contributing()].sum()),
         },
         "unit": table.kind if session.layers else "none",  # what components_* count
         "head_params": head,
@@ -57,7 +57,9 @@ def summarise(session: Session, progress: Progress) -> dict[str, Any]:
 def rank_map(session: Session) -> dict[str, int]:
     """Living components of every target module, those without an adapter included."""
     if session.allocation.table.kind == "components":
-        living = session.allocation.table.ranks()
+        table = session.allocation.table
+        counts = torch.bincount(table.module[table.contributing()], minlength=len(table.names)).tolist()
+        living = dict(zip(table.names, counts, strict=True))
     else:
         living = {name: layer.rank if layer.active else 0 for name, layer in session.layers.items()}
     return {name: living.get(name, 0) for name in session.targets}

@@ -116,7 +116,7 @@ def test_a_module_without_a_number_comes_last(stack: Any) -> None:
     model, layers = stack(n=3, rank=1, part=Svd())
     scores = OfModules()
     scores.values = (float("nan"), 0.0, -1.0)
-    run = Run(model, layers, 5, importance=scores, schedule=OneShot(start=0, end=3), allocator=Grow(per_module=1))
+    run = Run(model, layers, 5, importance=scores, schedule=OneShot(end=3), allocator=Grow(per_module=1))
     for t in range(1, 4):
         run.step(t)
     assert list(run.table.ranks().values()) == [1, 2, 2]
@@ -138,7 +138,7 @@ def test_every_moving_schedule_is_followed_to_exactly_the_budget(stack: Any, sch
     run = Run(
         *stack(n=4, rank=2, width=16, part=part()),
         27,
-        schedule=load(SCHEDULES, schedule, key="")(start=5, end=23),
+        schedule=load(SCHEDULES, schedule, key="")(end=23, **({} if schedule == "one_shot" else {"start": 5})),
         allocator=Grow(interval=4, per_module=2),
     )
     alive = [8]

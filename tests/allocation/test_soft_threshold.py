@@ -62,7 +62,7 @@ def trained(stack: Any, threshold: float, *, steps: int = 60, last: int = 8) -> 
     model, layers = opened(stack)
     allocation = Allocation(
         layers,
-        schedule=OneShot(start=0, end=40),
+        schedule=OneShot(end=40),
         importance=GateSize(),
         allocator=SoftThreshold(threshold=threshold),
         regularizer=NoRegularizer(),

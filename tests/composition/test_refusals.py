@@ -45,7 +45,20 @@ NOWHERE = ["recipe=text_classification", "model.name=/nowhere", "data.path=/nowh
         (["method=lora", "budget=r2", "schedule=cosine"], "acts on nothing", "schedule=constant"),
         (["method=lora", "budget=r2", "importance=gate_size"], "needs gates, which this adapter", "importance="),
         (["method=dlora", "budget=r2", "importance=component_norm"], "do not go together", "displacement"),
-        (["method=dlora", "budget=r2", "regularizer=dem"], "do not go together", "importance="),
+        (["method=dlora", "budget=r2", "regularizer=dem"], "regularizer=dem do not go together", "regularizer=none"),
+        (["method=sora", "budget=r2", "schedule.start=0.2"], "one_shot does not read it", "schedule.start is read by"),
+        (["method=lora", "budget=r2", "adapter.init_from=/nowhere"], "there is no folder /nowhere", ""),
+        (
+            ["method=bayesian_lora", "budget=r2", "adapter.rank=4", "regularizer.target_rank=20"],
+            "regularizer.target_rank=20 lies above the start",
+            "adapter.rank",
+        ),
+        (
+            ["method=bayesian_lora", "budget=r2", "adapter=components"],
+            "importance=gate_probability needs gate_probability",
+            "importance=component_norm or gate_size or gradient or module_sensitivity or sensitivity or ablation or "
+            "random or none",
+        ),
         (["method=dora"], "method=dora works towards a budget", "budget=r8"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",

@@ -62,6 +62,9 @@ def outcome(run: Path) -> tuple[list[dict[str, Any]], Any, dict[str, torch.Tenso
         ("alora random", 7),
         ("aflora", 7),
         ("full", 14),
+        ("sora", 14),
+        ("sora", 35),
+        ("elalora", 14),
     ],
 )
 def test_resuming_gives_the_same_bits(
@@ -74,6 +77,8 @@ def test_resuming_gives_the_same_bits(
         words += ["budget=r2", "adapter.rank=4"] if method != "aflora" else ["budget=r2"]
     if method in ("dora", "adalora"):
         words += ["allocator.interval=3", f"allocator.revive={str(variant == 'revive').lower()}"]
+    if method == "elalora":
+        words += ["allocator.interval=3"]
     if variant == "random":
         words += ["importance=random"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0

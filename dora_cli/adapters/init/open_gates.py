@@ -16,7 +16,7 @@ class OpenGates(Init):
 
     def fill(self, name: str, layer: Any) -> None:
         bound = layer.d_in**-0.5
-        layer.start_from_rows(torch.empty_like(layer.a).uniform_(-bound, bound))
         with torch.no_grad():
-            layer.b.zero_()
             layer.c.normal_()
+            layer.b.zero_()
+        layer.start_from_rows(torch.empty_like(layer.a).uniform_(-bound, bound))  # last: it may calibrate to all three

@@ -60,6 +60,11 @@ class Allocator:
             raise UserError("this method works towards a budget, but none is set", hint="set for example budget=r8")
         return (table.alive_cost() if target.by_cost else table.alive_count()), target.limit
 
+    def on_budget(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
+        """Bounds of an allocator that stays on its budget: in parameters where that is what the budget counts."""
+        total = target.limit if target is not None and target.by_cost else len(table)
+        return total, total
+
     def attach(self, table: UnitTable) -> None:
         """Take hold of the table before the optimizer is built."""
 

@@ -32,12 +32,8 @@ class Exchange(Allocator):
     mode: ClassVar[str] = "constant"
     grows: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        self.limit: int | None = None  # parameters, where the budget counts them
-
     def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
-        self.limit = target.limit if target is not None and target.by_cost else None
-        return len(table), len(table)
+        return self.on_budget(table, target)
 
     def act(self, event: Event) -> None:
         table = event.table
@@ -49,8 +45,8 @@ class Exchange(Allocator):
         closing[pool[-moves:]] = True
         gaining = table.module[pool[:moves]].tolist()
         table.drop(closing)
-        left = moves if self.limit is None else self.limit - table.alive_cost()
-        for module, n in hand_out(table, gaining, left, by_cost=self.limit is not None).items():
+        left = event.limit - (table.alive_cost() if event.by_cost else table.alive_count())
+        for module, n in hand_out(table, gaining, left, by_cost=event.by_cost).items():
             table.grow(module, n, event.optimizer)
 
     def _pool(self, table: UnitTable, scores: Tensor) -> Tensor:

@@ -34,12 +34,10 @@ class PruneAndReallocate(Allocator):
     grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.limit: int | None = None  # parameters, where the budget counts them
         self.round: dict[str, Any] = {}  # the record of the round just done
 
     def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
-        self.limit = target.limit if target is not None and target.by_cost else None
-        return len(table), len(table)
+        return self.on_budget(table, target)
 
     def window(self, schedule: Schedule, total: int) -> Window:
         """The schedule's, ended by the last round: from then on nothing moves, and evaluations count."""
@@ -61,8 +59,8 @@ class PruneAndReallocate(Allocator):
         losers = set(table.module[closing].tolist())
         winners = sorted((m for m in range(len(means)) if m not in losers), key=lambda m: (-means[m], m))
         table.drop(closing)
-        left = n if self.limit is None else self.limit - table.alive_cost()
-        for module, gained in hand_out(table, winners, left, by_cost=self.limit is not None).items():
+        left = event.limit - table.alive_cost() if event.by_cost else n
+        for module, gained in hand_out(table, winners, left, by_cost=event.by_cost).items():
             table.grow(module, gained, event.optimizer)
 
     def report(self, table: UnitTable) -> dict[str, Any]:

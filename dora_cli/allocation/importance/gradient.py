@@ -15,7 +15,8 @@ class Gradient(FlatScores):
 
     Negative where the loss would be lower without the component, to first order. By the chain rule ∂L/∂g is the product
     of the valve with its own gradient, summed over the component: c · ∂L/∂c, or ⟨b, ∂L/∂b⟩ where there are no gates. So
-    one backward pass, the training step's own, scores every component.
+    one backward pass, the training step's own, scores every component. Weights are those after the step and gradients
+    those before it, as in AdaLoRA's sensitivity.
     """
 
     beta: float = field(default=0.9, metadata={"help": "smoothing of the scores", "low": 0.0, "below": 1.0})
