@@ -94,7 +94,8 @@ def _schedule(session: Session) -> dict[str, str]:
     counts = [f"{allocation.schedule.count(s, window, allocation.first, allocation.last):,}" for s in shown]
     what = " parameters at most" if allocation.by_cost else ""
     after = "event at step " if len(shown) == 1 else "events at steps "
-    start = "" if allocation.by_cost or allocation.first == allocation.last else f"{allocation.first:,} at the start, "
+    first = f"{allocation.first:,}"
+    start = "" if allocation.by_cost or first == counts[0] else f"{first} at the start, "
     lines = {
         "window": f"steps {min(events)} to {window.end} of {window.total}, {counted(len(events), 'allocation event')}",
         alive_word(session): start + " → ".join(counts) + f"{what} after the {after}" + ", ".join(map(str, shown)),

@@ -37,7 +37,7 @@ def same(one: Path, two: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("rule", ["exact", "quantile"])
+@pytest.mark.parametrize("rule", ["exact", pytest.param("quantile", marks=pytest.mark.slow)])
 def test_resuming_in_the_middle_gives_the_same_bits_and_needs_the_scores(
     rule: str, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unplugged: Callable[..., None]
 ) -> None:

@@ -132,7 +132,9 @@ def test_options_that_cannot_be_meant_are_refused(
 DUAL = ["regularizer.target_rank=1.5", "train.gradient_checkpointing=true", "train.accumulation=2"]
 
 
-@pytest.mark.parametrize(("step", "more"), [(7, []), (14, DUAL), (28, [])])  # before the choice, at step 20, and after
+@pytest.mark.parametrize(
+    ("step", "more"), [(7, []), pytest.param(14, DUAL, marks=pytest.mark.slow), (28, [])]
+)  # before the choice, at step 20, and after
 def test_resuming_gives_the_same_bits(
     step: int, more: list[str], dora_train: Train, tmp_path: Path, unplugged: Callable[..., None]
 ) -> None:

@@ -27,8 +27,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     sessions: list[Any] = []
     real = train_run.build
 
-    def build(composed: Any) -> Any:
-        sessions.append(real(composed))
+    def build(*arguments: Any) -> Any:
+        sessions.append(real(*arguments))
         return sessions[-1]
 
     monkeypatch.setattr(train_run, "build", build)
