@@ -182,7 +182,7 @@ def test_every_start_goes_with_every_adapter_that_provides_for_it(run: Any, init
     check_round_trip(trained)
 
 
-@pytest.mark.parametrize("names", [REFUSED[i] for i in range(0, len(REFUSED), 23)], ids=identifier)
+@pytest.mark.parametrize("names", [REFUSED[i] for i in range(0, len(REFUSED), 47)], ids=identifier)
 def test_refusals_come_before_any_model_loads_and_say_what_would_work(
     run: Any, names: dict[str, str], tmp_path: Path
 ) -> None:

@@ -133,7 +133,8 @@ DUAL = ["regularizer.target_rank=1.5", "train.gradient_checkpointing=true", "tra
 
 
 @pytest.mark.parametrize(
-    ("step", "more"), [(7, []), pytest.param(14, DUAL, marks=pytest.mark.slow), (28, [])]
+    ("step", "more"),
+    [(7, []), pytest.param(14, DUAL, marks=pytest.mark.slow), pytest.param(28, [], marks=pytest.mark.slow)],
 )  # before the choice, at step 20, and after
 def test_resuming_gives_the_same_bits(
     step: int, more: list[str], dora_train: Train, tmp_path: Path, unplugged: Callable[..., None]

@@ -28,9 +28,8 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["rotation", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "rotation")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_it_learns_and_run_adapter_and_merged_evaluate_alike(name: str, dora_train: Train, tmp_path: Path) -> None:
     assert dora_train(*METHODS[name], "train.epochs=16", "train.learning_rate=0.02", "save.merged=true") == 0
     run = tmp_path / "run"

@@ -255,6 +255,7 @@ def test_a_runs_configuration_repeats_it(dora_train: Train, tmp_path: Path) -> N
     assert summary_of(tmp_path / "again")["recipe"] == "text_classification"
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_alike_across_compaction(
     dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
