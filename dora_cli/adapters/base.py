@@ -41,12 +41,14 @@ class AdapterLayer(nn.Module):
     Subclasses declare ``unit_axes`` (parameter → the axis along which its units lie), ``valve`` (the parameter whose
     zero closes a unit exactly), ``no_decay`` (parameters that weight decay must leave alone) and ``learning_rates``
     (parameter → its own peak rate, where it is not the adapter's). ``removable`` says that without units the layer is
-    its base layer again; ``nested`` that a unit counts only together with all before it in its module.
+    its base layer again; ``nested`` that a unit counts only together with all before it in its module,
+    ``is_low_rank`` that ``low_rank()`` can be asked for.
     """
 
     unit_axes: ClassVar[Mapping[str, int]] = {}
     valve: ClassVar[str] = ""
     removable: ClassVar[bool] = True
+    is_low_rank: ClassVar[bool] = True
     nested: ClassVar[bool] = False
     no_decay: frozenset[str] = frozenset()
     learning_rates: Mapping[str, float] = {}

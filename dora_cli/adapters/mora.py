@@ -120,6 +120,7 @@ class SharingLayer(MoraLayer):
 class RotationLayer(MoraLayer):
     """ΔW = the blocks M R_j on the diagonal: no low-rank pair; an input block beyond the output's length is unused."""
 
+    is_low_rank = False
     cos: Tensor
     sin: Tensor
 

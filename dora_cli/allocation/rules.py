@@ -124,9 +124,7 @@ def _check_schedule(schedule: Any, allocator: Any, names: dict[str, str]) -> Non
             f"allocator={names['allocator']} keeps one total throughout, schedule={names['schedule']} changes it",
             hint="use schedule=constant (schedule.start and schedule.end say when ranks may move)",
         )
-    if not schedule.moves and (
-        allocator.mode in ("shrink", "grow") or (allocator.scores and allocator.mode != "constant")
-    ):
+    if not schedule.moves and allocator.scores and allocator.mode != "constant":
         raise UserError(
             f"allocator={names['allocator']} follows a schedule, but schedule={names['schedule']} never moves",
             hint="choose another schedule, such as schedule=cubic_late",

@@ -1,7 +1,5 @@
 """Runs a model over a split: loss, metrics, and on request what it said to every row."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +10,7 @@ from dora_cli.data.batching import batches, sequential_batches
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.tasks.base import Task
 from dora_cli.evaluation.metrics import build_metrics
+from dora_cli.modes import evaluating
 
 
 @dataclass
@@ -52,7 +51,7 @@ def evaluate(
     predicted: list[Tensor] = []
     expected: list[Tensor] = []
     autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
-    with _evaluating(model), torch.no_grad(), autocast:
+    with evaluating(model), torch.no_grad(), autocast:
         for batch in batches(encoded, plan):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             total, n, outputs = task.loss(model, batch)
@@ -71,15 +70,3 @@ def evaluate(
         encoded.ids, task.decode(torch.cat(predicted)[order]), task.decode(torch.cat(expected)[order]), strict=True
     )
     return EvalResult(values, [{"id": i, "prediction": p, "reference": r} for i, p, r in said])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then every module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -23,6 +23,7 @@ from dora_cli.data.tasks import build_task
 from dora_cli.data.tasks.base import Task
 from dora_cli.errors import UserError
 from dora_cli.models.load import load_model
+from dora_cli.modes import evaluating
 from dora_cli.training.optim import build_optimizer, build_scheduler
 from dora_cli.training.sizing import asked_budget, check_values, sized_targets
 from dora_cli.training.start import fill, passes
@@ -237,13 +238,8 @@ def _probe(model: nn.Module, task: Task, encoded: Mapping[str, Encoded], importa
     batch = {k: v.to(device) for k, v in batch.items()}
 
     def probe() -> float:
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                loss, count, _ = task.loss(model, batch)
-            return float(loss) / count
-        finally:
-            model.train(training)
+        with evaluating(model), torch.no_grad():
+            loss, count, _ = task.loss(model, batch)
+        return float(loss) / count
 
     return probe

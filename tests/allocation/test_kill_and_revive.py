@@ -11,10 +11,10 @@ from torch import nn
 
 from dora_cli.adapters.aflora import Aflora
 from dora_cli.adapters.components import Components
-from dora_cli.adapters.inject import inject, parameter_groups
+from dora_cli.adapters.inject import parameter_groups
 from dora_cli.adapters.lora import Lora
 from dora_cli.adapters.svd import Svd
-from dora_cli.allocation.allocators.kill_and_revive import ACTIVE, IDLE, PROBATION, KillAndRevive, flops, traffic
+from dora_cli.allocation.allocators.kill_and_revive import ACTIVE, IDLE, PROBATION, KillAndRevive
 from dora_cli.allocation.allocators.none import NoAllocator
 from dora_cli.allocation.controller import Allocation
 from dora_cli.allocation.importance.displacement import Displacement, distance, product_norm
@@ -354,15 +354,6 @@ def test_a_probe_needs_modules_that_contribute() -> None:
 
 
 # ---- traffic -----------------------------------------------------------------------------------------------------
-def test_traffic_and_work_are_the_formulas_over_the_modules_that_train() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 24), nn.Linear(24, 6), nn.Linear(6, 6))
-    layers = list(inject(model, ["0", "1", "2"], Lora(), [2, 3, 4]).values())
-    assert traffic(layers, [True, False, True], tokens=10) == 10 * 2 * ((8 + 24) + (6 + 6))
-    assert traffic(layers, [False] * 3) == 0
-    assert flops(layers, [True, True, False]) == 3 * 2 * (2 * (8 + 24) + 3 * (24 + 6))
-
-
 def test_what_would_be_sent_is_counted_module_by_module(stack: Any) -> None:
     """With hooks on the layers that are on: d_in in and d_out out a token, and as much for the gradients."""
     model, layers = stack(n=8, width=16, rank=2, part=Lora())

@@ -58,6 +58,8 @@ def overrides(names: dict[str, str]) -> list[str]:
 
 
 def check_round_trip(trained: Any) -> None:
+    if trained.session.layers:
+        assert (trained.logits - trained.base_logits()).abs().max() > 1e-4  # there is something to bring back
     fresh = trained.fresh_model()
     apply_adapter(fresh, read_adapter(trained.out))
     assert torch.allclose(trained.logits_of(fresh), trained.logits, atol=1e-5)
@@ -85,8 +87,6 @@ def check_combination(run: Callable[..., Any], names: dict[str, str], tmp_path: 
         # PEFT's and the official code's own counts may cut more where scores tie; nobody may leave more.
         assert alive <= 2 * len(session.targets)
         assert alive == 2 * len(session.targets) or "official" in names["allocator"] or "peft" in names["allocator"]
-    if session.layers:
-        assert (trained.logits - trained.base_logits()).abs().max() > 1e-4  # there is something to bring back
     check_round_trip(trained)
     if session.composed.parts["adapter"].export in ("lora", "decomposed"):
         check_peft(trained, tmp_path)
@@ -132,21 +132,34 @@ def test_the_fast_ones_hold_every_part() -> None:
     assert {n["allocator"] for n in FAST} == set(ALLOCATORS)
 
 
-def _moving_and_not() -> list[tuple[str, str]]:
-    """(schedule, regularizer) pairs such that each schedule and each regularizer is there."""
+def pairwise() -> list[Any]:
+    """(schedule, regularizer, start, adapter) such that every pair of a schedule, a regularizer and a start is there.
+
+    Those that hold a schedule for the first time are fast ones.
+    """
+    moving = [n for n in SCHEDULES if load(SCHEDULES, n, key="").moves]
     regularizers = [n for n in REGULARIZERS if "components" in load(REGULARIZERS, n, key="").units]
-    schedules = [n for n in SCHEDULES if load(SCHEDULES, n, key="").moves]
-    return [(s, regularizers[i % len(regularizers)]) for i, s in enumerate(schedules)]
+    starts = ["default", *INITS]
+    cases = []
+    for i, schedule in enumerate(moving):
+        for k, regularizer in enumerate(regularizers):
+            start = starts[(i + k) % len(starts)]
+            needs = load(REGULARIZERS, regularizer, key="").needs
+            needs |= load(INITS, start, key="").needs if start != "default" else frozenset()
+            adapters = [n for n in ADAPTERS if needs <= (part := load(ADAPTERS, n, key="")).provides and part.verbs]
+            adapters = [n for n in adapters if "components" in load(ADAPTERS, n, key="").units]
+            case = (schedule, regularizer, start, adapters[(i + k) % len(adapters)])
+            cases.append(case if k == i % len(regularizers) else pytest.param(*case, marks=pytest.mark.slow))
+    return cases
 
 
-@pytest.mark.parametrize(("schedule", "regularizer"), _moving_and_not())
-def test_schedules_and_regularizers_go_with_any_pruned_adapter(
-    run: Any, schedule: str, regularizer: str, tmp_path: Path
+@pytest.mark.parametrize(("schedule", "regularizer", "start", "adapter"), pairwise())
+def test_schedules_regularizers_and_starts_go_together(
+    run: Any, schedule: str, regularizer: str, start: str, adapter: str
 ) -> None:
-    needs = load(REGULARIZERS, regularizer, key="").needs
-    adapter = next(n for n in ("components", *ADAPTERS) if needs <= load(ADAPTERS, n, key="").provides)
     trained = run(
         f"adapter={adapter}",
+        f"adapter.init={start}",
         "importance=component_norm",
         "allocator=prune",
         f"schedule={schedule}",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dora_cli.adapters.base import linear_shape
 from dora_cli.adapters.init.base import Init, Passes
 from dora_cli.adapters.svd import orthogonal_rows
+from dora_cli.modes import evaluating
 
 SEED = 42  # of the random part of a sketch
 ROUNDS = 12  # of subspace iteration: on MiniLM's inputs as good as exact (cosines to 1e-4), at a tenth of the time
@@ -135,7 +136,7 @@ class Eva(Init):
         candidates = [max(1, round(self.rho * rank)) for rank in ranks]  # a budget below one each leaves some at 0
         limit = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
         new, batches = candidates, 0
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             stream = iter(passes)
             first = next(stream)
             groups = _sharing_inputs(modules, first[1])
@@ -216,18 +217,6 @@ def _watching(calls: Sequence[tuple[nn.Module, Callable[[Tensor], None]]]) -> It
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, and then each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _notes(pcas: list[RunningPca], ranks: list[int], batches: int) -> list[str]:

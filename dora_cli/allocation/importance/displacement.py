@@ -79,12 +79,9 @@ class Displacement(FlatScores):
         return distance(now, before) / torch.where(size > 0, size + EPSILON, self.base_norms[row])
 
     def _snapshot(self, layer: AdapterLayer) -> Pair:
-        if self.measure == "update":
-            try:
-                a, b = layer.low_rank()
-                return a.clone(), b.clone()
-            except NotImplementedError:
-                pass
+        if self.measure == "update" and layer.is_low_rank:
+            a, b = layer.low_rank()
+            return a.clone(), b.clone()
         # A vector is a product too, of itself and the number one.
         flat = torch.cat([p.detach().float().flatten() for p in layer.adapter_parameters().values()])
         return flat[None], torch.ones(1, 1, device=flat.device)

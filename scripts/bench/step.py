@@ -1,0 +1,356 @@
+"""One training step, ours and PEFT's, interleaved in one process: medians, and ratios to the floor.
+
+    python scripts/bench/step.py [--model SHAPE_OR_FOLDER] [--batch 16] [--length 64] [--dropout 0 0.1]
+                                 [--variants …] [--rounds 15] [--device cpu] [--memory] [--json FILE]
+
+The floor is what a frozen base must do anyway: its forward pass and the backward pass through its activations, with no
+weight gradients. Every other variant takes a whole step: forward, backward, clipping, fused AdamW, and what its method
+adds. `dora` stands in the middle of its schedule with every rank still trained (revival on), its events falling as in a
+real run; `dora_pruned` after the final choice, at an average rank of 8; `dora_alloc` in its name times allocation.
+Frozen weights are shared between the variants, so that no one has the caches to itself. A round takes each variant
+once, in an order that rotates. `--memory` runs each variant in a process of its own and gives the growth of its peak
+resident memory over the model at rest (on CUDA the allocator's own peak).
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_cli.adapters.components import Components
+from dora_cli.adapters.inject import inject
+from dora_cli.adapters.lora import Lora
+from dora_cli.adapters.svd import Svd
+from dora_cli.adapters.weight_decomposed import WeightDecomposed
+from dora_cli.allocation.allocators.prune import Prune
+from dora_cli.allocation.budget import Target
+from dora_cli.allocation.controller import Allocation
+from dora_cli.allocation.importance.component_norm import ComponentNorm
+from dora_cli.allocation.importance.sensitivity import Sensitivity
+from dora_cli.allocation.regularizers.dem import Dem
+from dora_cli.allocation.regularizers.orthogonal import Orthogonal
+from dora_cli.allocation.schedules import CubicEarly, CubicLate
+from dora_cli.models.targets import find_targets
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # 6 layers of width 384, as MiniLM
+    "minilm": {"type": "bert", "layers": 6, "width": 384, "inner": 1536, "heads": 12, "vocabulary": 30522},
+    "roberta-base": {"type": "roberta", "layers": 12, "width": 768, "inner": 3072, "heads": 12, "vocabulary": 50265},
+    "llama-1b": {"type": "llama", "layers": 16, "width": 2048, "inner": 8192, "heads": 32, "vocabulary": 32000},
+    "tiny": {"type": "bert", "layers": 2, "width": 64, "inner": 128, "heads": 4, "vocabulary": 100},
+}
+VARIANTS = (
+    "floor", "full", "peft_lora", "lora", "dora", "dora_pruned", "peft_adalora", "adalora",
+    "peft_weight_decomposed", "weight_decomposed",
+)  # fmt: skip
+START_RANK, RANK = 12, 8
+TOTAL = 100_000  # steps of the schedule: rounds stay in the middle of it
+
+ADAPTERS: dict[str, Any] = {"lora": Lora, "dora": Components, "adalora": Svd, "weight_decomposed": WeightDecomposed}
+PARTS: dict[str, dict[str, Any]] = {  # as in recipes/method/
+    "dora": {"schedule": CubicLate, "importance": ComponentNorm, "allocator": Prune, "regularizer": Dem},
+    "adalora": {"schedule": CubicEarly, "importance": Sensitivity, "allocator": Prune, "regularizer": Orthogonal},
+}
+Step = Callable[[], float]  # takes one training step; returns the seconds of it that went to allocation
+
+
+def build_base(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, int]:
+    """A frozen model with random weights in one of ``SHAPES``, or of the configuration in a folder; and its vocabulary.
+
+    Encoders classify a sequence, decoders predict the next token.
+    """
+    import transformers
+
+    torch.manual_seed(0)
+    if name in SHAPES:
+        shape = SHAPES[name]
+        sizes = {
+            "hidden_size": shape["width"],
+            "intermediate_size": shape["inner"],
+            "num_hidden_layers": shape["layers"],
+            "num_attention_heads": shape["heads"],
+            "vocab_size": shape["vocabulary"],
+        }
+        if shape["type"] == "llama":
+            sizes["num_key_value_heads"] = 8
+        config = transformers.AutoConfig.for_model(shape["type"], **sizes)
+        # No dropout of the base's own: it would weigh on every variant alike and blur the ratios.
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = config.attention_dropout = 0.0
+    else:
+        config = transformers.AutoConfig.from_pretrained(name)
+    decoder = not getattr(config, "type_vocab_size", 0)
+    auto = transformers.AutoModelForCausalLM if decoder else transformers.AutoModelForSequenceClassification
+    with torch.device(device):
+        model = auto.from_config(config, dtype=dtype)
+    return model.requires_grad_(False), config.vocab_size
+
+
+def twin(base: nn.Module) -> Any:
+    """A copy of the modules over the very same weights."""
+    return copy.deepcopy(base, memo={id(t): t for t in [*base.parameters(), *base.buffers()]})
+
+
+def make(variant: str, base: nn.Module, batch: dict[str, torch.Tensor], options: argparse.Namespace) -> Step:
+    """One variant over the base's weights, ready to step."""
+    torch.manual_seed(1)
+    dropout = options.current_dropout
+    model = copy.deepcopy(base) if variant == "full" else twin(base)
+    after_backward, after_step = lambda step: None, lambda step, optimizer: None
+    targets = find_targets(model, None, exclude=[])
+    if variant == "floor":
+        return floor_step(model, batch, options)
+    if variant == "full":
+        model.requires_grad_(True)
+    elif variant.startswith("peft_"):
+        model, after_step = peft_model(variant.removeprefix("peft_"), model, targets, dropout, batch)
+    else:
+        after_backward, after_step = our_model(variant, model, targets, dropout)
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    forward = torch.compile(model) if options.compile else model
+    counter = iter(range(int(0.3 * TOTAL), TOTAL))
+
+    def step() -> float:
+        number = next(counter)
+        with autocast(options):
+            loss = forward(**batch).loss
+        loss.backward()
+        begin = time.perf_counter()
+        after_backward(number)
+        spent = time.perf_counter() - begin
+        torch.nn.utils.clip_grad_norm_([p for p in trained if p.grad is not None], 1.0)
+        optimizer.step()
+        begin = time.perf_counter()
+        after_step(number, optimizer)
+        spent += time.perf_counter() - begin
+        optimizer.zero_grad(set_to_none=True)
+        return spent
+
+    return step
+
+
+def floor_step(model: Any, batch: dict[str, torch.Tensor], options: argparse.Namespace) -> Step:
+    """Forward, and backward to the embeddings' output, without any weight gradient."""
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    embed = model.get_input_embeddings()
+    rest = {k: v for k, v in batch.items() if k != "input_ids"}
+    forward = torch.compile(model) if options.compile else model
+
+    def step() -> float:
+        inputs = embed(batch["input_ids"]).detach().requires_grad_(True)
+        with autocast(options):
+            loss = forward(inputs_embeds=inputs, **rest).loss
+        loss.backward()
+        return 0.0
+
+    return step
+
+
+def peft_model(kind: str, model: Any, targets: list[str], dropout: float, batch: Any) -> tuple[Any, Any]:
+    """PEFT's model at its best: fused AdamW as for the others, no merging, no state for what is not adapted."""
+    import peft
+
+    common = {"target_modules": targets, "lora_dropout": dropout, "lora_alpha": RANK}
+    if kind == "adalora":
+        config: Any = peft.AdaLoraConfig(
+            **common, init_r=START_RANK, target_r=RANK, tinit=int(0.15 * TOTAL), tfinal=int(0.5 * TOTAL), deltaT=10,
+            total_step=TOTAL, orth_reg_weight=0.1,
+        )  # fmt: skip
+    else:
+        config = peft.LoraConfig(**common, r=RANK, use_dora=kind == "weight_decomposed")
+    wrapped = peft.get_peft_model(model, config)
+    if kind == "adalora":
+        return wrapped, lambda step, optimizer: wrapped.base_model.update_and_allocate(step)
+    return wrapped, lambda step, optimizer: None
+
+
+def our_model(variant: str, model: nn.Module, targets: list[str], dropout: float) -> tuple[Any, Any]:
+    """Adapters in the model, and the two hooks of allocation."""
+    method = {"dora_pruned": "dora"}.get(variant, variant)
+    adapter = ADAPTERS[method](dropout=dropout)
+    layers = inject(model, targets, adapter, [START_RANK if method in PARTS else RANK] * len(targets))
+    if method not in PARTS:
+        return lambda step: None, lambda step, optimizer: None
+    allocation = Allocation(
+        layers,
+        **{name: part() for name, part in PARTS[method].items()},
+        total_steps=TOTAL,
+        target=Target(RANK * len(targets), by_cost=False),
+    )
+    for layer in layers.values():  # gates that are open, as in the middle of a run
+        torch.nn.init.normal_(layer.c, std=0.02)
+    if variant != "dora_pruned":
+        return allocation.after_backward, allocation.after_step
+    keep = torch.zeros(len(allocation.table), dtype=torch.bool)
+    keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[: allocation.last]] = True
+    allocation.table.keep(keep, final=True)
+    allocation.table.compact()
+    after = allocation.window.end + 1
+    return lambda step: allocation.after_backward(after), lambda step, opt: allocation.after_step(after, opt)
+
+
+def autocast(options: argparse.Namespace) -> Any:
+    return torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.precision == "bf16")
+
+
+def random_batch(vocabulary: int, options: argparse.Namespace) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, vocabulary, (options.batch, options.length), generator=generator)
+    decoder = options.model.startswith("llama")
+    labels = ids if decoder else torch.randint(0, 2, (options.batch,), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {k: v.to(options.device) for k, v in batch.items()}
+
+
+def synchronise(options: argparse.Namespace) -> None:
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every round of every variant, interleaved; and allocation's share where there is one."""
+    device = torch.device(options.device)
+    base, vocabulary = build_base(options.model, options.dtype, device)
+    batch = random_batch(vocabulary, options)
+    steps = {variant: make(variant, base, batch, options) for variant in options.variants}
+    seconds: dict[str, list[float]] = {variant: [] for variant in steps}
+    spent: dict[str, list[float]] = {variant: [] for variant in steps}
+    names = list(steps)
+    for turn in range(options.rounds + 2):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            synchronise(options)
+            begin = time.perf_counter()
+            allocation = steps[name]()
+            synchronise(options)
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - begin)
+                spent[name].append(allocation)
+    return {
+        name: {
+            "seconds": seconds[name],
+            "median": statistics.median(seconds[name]),
+            # A mean: an event every tenth step counts for a tenth.
+            "allocation": statistics.mean(spent[name]),
+        }
+        for name in names
+    }
+
+
+def peak_memory(options: argparse.Namespace) -> float:
+    """MiB by which one variant's steps raise the peak over the model at rest; for a process of its own."""
+    device = torch.device(options.device)
+    base, vocabulary = build_base(options.model, options.dtype, device)
+    batch = random_batch(vocabulary, options)
+    if device.type == "cuda":
+        step = make(options.variants[0], base, batch, options)
+        rest = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            step()
+        return (torch.cuda.max_memory_allocated() - rest) / 2**20
+    with torch.no_grad():  # what the libraries take for themselves once
+        base(**batch)
+    step = make(options.variants[0], base, batch, options)
+    rest = resident("VmRSS")
+    for _ in range(4):
+        step()
+    return resident("VmHWM") - rest
+
+
+def resident(what: str) -> float:
+    """MiB of this process by the kernel's count (Linux)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 1024
+
+
+def in_own_process(variant: str, options: argparse.Namespace) -> float:
+    arguments = [sys.executable, __file__, "--peak-of", variant, "--dropout", str(options.current_dropout)]
+    for name in ("model", "batch", "length", "device", "precision", "weights"):
+        arguments += [f"--{name}", str(getattr(options, name))]
+    arguments += ["--checkpointing"] * options.checkpointing
+    return float(subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+
+
+def report(results: dict[str, Any]) -> None:
+    floor = results.get("floor", next(iter(results.values())))["median"]
+    print(f"{'variant':24} {'median':>10} {'/ floor':>8} {'allocation':>11} {'memory':>10}")
+    for name, result in results.items():
+        share = f"{result['allocation'] / result['median']:10.2%}" if result["allocation"] > 1e-6 else ""
+        memory = f"{result['peak_mib']:6.0f} MiB" if "peak_mib" in result else ""
+        print(
+            f"{name:24} {result['median'] * 1e3:7.1f} ms {result['median'] / floor:8.3f} {share:>11} {memory:>10}",
+            flush=True,
+        )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="minilm", help=f"{', '.join(SHAPES)}, or a folder with a config.json")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="autocast of the forward pass")
+    parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16"), help="type of the frozen base")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--memory", action="store_true", help="measure each variant's peak in a process of its own")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--peak-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.dtype = getattr(torch, options.weights)
+    return options
+
+
+def main() -> None:
+    options = parse()
+    options.current_dropout = options.dropout[0]
+    if options.peak_of:
+        options.variants = [options.peak_of]
+        print(peak_memory(options))
+        return
+    results = {}
+    for dropout in options.dropout:
+        options.current_dropout = dropout
+        print(f"\n{options.model}, {options.batch} × {options.length} tokens, adapter dropout {dropout}", flush=True)
+        results[str(dropout)] = measure(options)
+        for name, result in results[str(dropout)].items():
+            if options.memory:
+                result["peak_mib"] = in_own_process(name, options)
+        report(results[str(dropout)])
+    if options.json:
+        settings = {k: v for k, v in vars(options).items() if k not in ("json", "peak_of", "dtype", "current_dropout")}
+        options.json.write_text(json.dumps({**machine(options), "settings": settings, "results": results}, indent=1))
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Versions and the kind of machine, for the record."""
+    import peft
+    import transformers
+
+    processor = platform.processor() or platform.machine()
+    kind = torch.cuda.get_device_name() if options.device == "cuda" else processor
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"transformers": transformers.__version__, "peft": peft.__version__}
+    return {"machine": {"device": kind, "threads": torch.get_num_threads()}, "versions": versions}
+
+
+if __name__ == "__main__":
+    main()
