@@ -13,6 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from dora_cli.adapters.dropout import Masks
+from dora_cli.adapters.fused import can_fuse, compute_type, low_rank_linear
 from dora_cli.errors import UserError
 
 
@@ -60,6 +62,8 @@ class AdapterLayer(nn.Module):
         self.transposed = is_transposed(base)
         self.active = True  # False: the update is switched off, the layer is its base
         self.dropout = 0.0
+        self.masks: Masks | None = None  # None: torch's own dropout
+        self.mask_group = ""
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base_layer(x)
@@ -73,7 +77,16 @@ class AdapterLayer(nn.Module):
         """x in the adapter's own precision (autocast decides where it is on), after dropout."""
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(next(self.parameters(recurse=False)).dtype)
+        if self.masked:
+            assert self.masks is not None
+            return x * self.masks.window(x, self.mask_group)
         return nn.functional.dropout(x, self.dropout, self.training)
+
+    @property
+    def masked(self) -> bool:
+        """Whether dropout is on and its masks are windows (see ``dropout.Masks``); a compiler draws its own."""
+        active = self.training and self.dropout > 0 and self.masks is not None
+        return active and not torch.compiler.is_compiling()
 
     # Models look at these on the layers they own (T5 reads ``wo.weight.dtype``, others ``in_features``).
     @property
@@ -201,6 +214,9 @@ class WholeModule:
 class LowRankLayer(AdapterLayer):
     """ΔW = scale · B diag(c) A, with or without the gates c: every parametrisation that is a sum of components.
 
+    ``is_plain_pair`` says that the layer is its base plus ``operands()`` and nothing else, so that both can be computed
+    as one.
+
     Args:
         base: the linear layer to adapt.
         a, b, c: initial values, shapes (r, d_in), (d_out, r), (r,) or None.
@@ -211,6 +227,7 @@ class LowRankLayer(AdapterLayer):
     unit_axes: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1, "c": 0}
     valve = "c"
     no_decay = frozenset({"c"})
+    is_plain_pair: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module, a: Tensor, b: Tensor, c: Tensor | None, scale: float, dropout: float) -> None:
         super().__init__(base)
@@ -231,6 +248,18 @@ class LowRankLayer(AdapterLayer):
         """(r,) the factor of each component, without the fixed scale."""
         return self.c if "c" in self.unit_axes else torch.ones_like(self.a[:, 0])
 
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.active or self.rank == 0 or not self.is_plain_pair or not can_fuse(self.base_layer, x, self.a):
+            return super().forward(x)
+        weight = self.weight.T if self.transposed else self.weight
+        if not self.training or self.dropout == 0:
+            return low_rank_linear(x, weight, self.bias, *self.operands())
+        if self.masks is None:
+            return super().forward(x)
+        x = x.to(compute_type(x))
+        dropped, mask = self.masks.drop(x, self.mask_group)
+        return low_rank_linear(x, weight, self.bias, *self.operands(), dropped, mask)
+
     def updated(self, x: Tensor, out: Tensor) -> Tensor:
         if self.rank == 0:
             return out
@@ -238,8 +267,12 @@ class LowRankLayer(AdapterLayer):
 
     def update(self, x: Tensor) -> Tensor:
         """What is added to the base's output, (…, d_out), for an input that is cast and dropped out already."""
-        hidden = nn.functional.linear(x, self.a) * self.factor()
-        return nn.functional.linear(hidden, self.b)
+        a, b, factor = self.operands()
+        return nn.functional.linear(nn.functional.linear(x, a) * factor, b)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The factors in training, (r, d_in) and (d_out, r), and what each component is multiplied by."""
+        return self.a, self.b, self.factor()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The factors as they act on the layer's own spaces, (r, d_in) and (d_out, r), without gates and scale."""

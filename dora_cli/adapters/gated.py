@@ -59,13 +59,11 @@ class GatedLayer(LowRankLayer):
                 largest = tensor.abs().max() if tensor.numel() else tensor.new_zeros(())
                 self.log_ranges[i] = largest.clamp_min(std).log() + 1e-5
 
-    def update(self, x: Tensor) -> Tensor:
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         bits, ranks = self._drawn() if self.training and not self.settled else self._decided()
         a, b, c = self._quantised(bits)
         factor = c * ranks * self.scale
-        if self.probe_mask is not None:
-            factor = factor * self.probe_mask
-        return nn.functional.linear(nn.functional.linear(x, a) * factor, b)
+        return a, b, factor if self.probe_mask is None else factor * self.probe_mask
 
     def factors(self) -> tuple[Tensor, Tensor]:
         a, b, _ = self._quantised(self._decided()[0])

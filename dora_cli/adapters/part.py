@@ -3,13 +3,14 @@
 A part is a dataclass whose fields are the keys ``adapter.*``; its ``layer(base, rank)`` wraps one linear layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
 
 from dora_cli.adapters.base import AdapterLayer
+from dora_cli.adapters.dropout import Masks, attach
 from dora_cli.adapters.init.base import Init, build_init
 from dora_cli.errors import UserError
 
@@ -44,6 +45,11 @@ class AdapterPart:
         """Parameters that one component of a (d_out, d_in) module costs under the budget."""
         return d_in + d_out
 
+    def masks(self, layers: Mapping[str, AdapterLayer], seed: int) -> Masks | None:
+        """Give the layers the dropout masks of a run; None where nothing is dropped."""
+        shared = getattr(self, "shared_dropout", False)
+        return attach(layers, getattr(self, "dropout", 0.0), seed, shared=shared)
+
     def layer(self, base: nn.Module, rank: int) -> AdapterLayer:
         """Wrap ``base`` (a linear layer) with an update of ``rank`` components."""
         raise NotImplementedError
@@ -51,6 +57,7 @@ class AdapterPart:
 
 RANK_HELP = "components per module at the start; null: 1.5 × the average asked for"
 ALPHA_HELP = "scale is alpha / start rank; null: the start rank, a scale of 1"
+SHARED_HELP = "modules that read the same input (q, k, v; gate, up) drop the same entries of it"
 TARGETS_HELP = "modules to adapt: null (the transformer layers' linears), list, suffix, regex"
 
 
@@ -60,6 +67,7 @@ class RankedPart(AdapterPart):
 
     rank: int | None = field(default=None, metadata={"help": RANK_HELP, "low": 1})
     dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input", "low": 0.0, "below": 1.0})
+    shared_dropout: bool = field(default=True, metadata={"help": SHARED_HELP})
     targets: Any = field(default=None, metadata={"help": TARGETS_HELP})
     init: str = field(
         default="default", metadata={"help": "where the factors start: the adapter's own way, eva, or open_gates"}

@@ -4,13 +4,13 @@ The table is what allocators and importances see; it passes their verbs on to th
 type. Unit identity is the row in this table, which never changes: layers may be compacted and grown under it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dora_cli.adapters.base import AdapterLayer, LowRankLayer, WholeModule
@@ -35,19 +35,53 @@ class Group:
     modules: tuple[int, ...]
     index: Tensor
     kept: Tensor | None = None
+    packs: "dict[str, Pack]" = field(default_factory=dict)
+
+    def parameters(self, name: str) -> Sequence[nn.Parameter]:
+        """The layers' parameters called ``name``; a group never outlives them."""
+        return self._pack(name).parameters
 
     def stack(self, name: str) -> Tensor:
-        """(m, …) the layers' parameters called ``name``, without graph."""
-        return torch.stack([getattr(layer, name).detach() for layer in self.layers])
+        """(m, …) the same, in one tensor and without graph: to be read, not to be written to."""
+        return self._pack(name).values
+
+    def _pack(self, name: str) -> "Pack":
+        pack = self.packs.get(name)
+        if pack is None or not pack.is_valid():
+            pack = self.packs[name] = Pack([getattr(layer, name) for layer in self.layers])
+        return pack
 
     def gates(self) -> Tensor:
         """(m, r) the gate of every component, 1 where the parametrisation has none."""
+        kind = type(self.layers[0])
+        if kind.gates is LowRankLayer.gates and "c" in kind.unit_axes:
+            return self.stack("c")
         return torch.stack([layer.gates().detach() for layer in self.layers])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(m, r, d_in) and (m, d_out, r): the factors as they act on the layers' spaces, without gates and scale."""
+        if type(self.layers[0]).factors is LowRankLayer.factors:
+            return self.stack("a"), self.stack("b")
         pairs = [layer.factors() for layer in self.layers]
         return torch.stack([a.detach() for a, _ in pairs]), torch.stack([b.detach() for _, b in pairs])
+
+
+class Pack:
+    """Parameters of one shape moved into one tensor: stacked once, read at every step without a copy.
+
+    The parameters stay what they are to everybody else; only where their numbers lie has changed.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.values = torch.stack([p.detach() for p in parameters])
+        for parameter, values in zip(parameters, self.values.unbind(0), strict=True):
+            parameter.data = values
+        self.places = [p.data_ptr() for p in parameters]
+
+    def is_valid(self) -> bool:
+        """Whether the parameters' numbers still lie here: moving a model, say, puts them elsewhere."""
+        return self.places == [p.data_ptr() for p in self.parameters]
 
 
 class UnitTable:
@@ -68,6 +102,7 @@ class UnitTable:
 
     def __init__(self, layers: Mapping[str, AdapterLayer], kind: str = "components") -> None:
         self.kind = kind
+        self.version = 0  # counts changes of shape
         self._groups: list[Group] | None = None
         self._dead: list[tuple[int, Tensor]] | None = None
         self._spares: list[tuple[int, Tensor]] | None = None
@@ -315,6 +350,7 @@ class UnitTable:
         self._changed()
 
     def _changed(self) -> None:
+        self.version += 1
         self._groups = self._dead = self._spares = None
 
     def _group(self, modules: list[int]) -> Group:

@@ -50,8 +50,10 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
         # The number of rows (or tokens) that the loss averages over must be known before the first backward.
         micro_batches = [next(stream) for _ in range(accumulation)]
         count = sum(task.count(batch) for batch in micro_batches)
-        for batch in micro_batches:
+        for i, batch in enumerate(micro_batches):
             meter.count(batch)
+            if session.masks is not None:
+                session.masks.move(step, i)
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             with _autocast(session):
                 loss, _, _ = task.loss(session.forward, batch)
@@ -60,7 +62,7 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
 
         session.allocation.after_backward(step)
         # In the model's order, which freezing, thawing and resuming leave alone: the norm is then the same to the bit.
-        trained = [p for p in model.parameters() if p.grad is not None]
+        trained = [p for p in session.candidates() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm) if config.clip_norm else None
         session.optimizer.step()
         event = session.allocation.after_step(step, session.optimizer)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_cli.adapters.base import AdapterLayer, linear_shape
+from dora_cli.adapters.dropout import Masks
 from dora_cli.adapters.inject import inject, remove
 from dora_cli.allocation import rules
 from dora_cli.allocation.budget import Budget
@@ -74,8 +75,10 @@ class Session:
     total_steps: int
     steps_per_epoch: int
     plan: LengthGroupedBatches
+    masks: Masks | None  # of the adapters' dropout
     notes: Sequence[str]  # of the start that looked at data, for the plan
     forward: nn.Module = field(init=False)  # the model, or its compiled form
+    _candidates: tuple[int, list[nn.Parameter]] | None = None
 
     def __post_init__(self) -> None:
         self.forward = torch.compile(self.model) if self.config.train.compile else self.model  # type: ignore[assignment]
@@ -90,13 +93,16 @@ class Session:
 
     def micro_batches(self, first: int) -> Iterator[Batch]:
         """The endless stream of training micro-batches from the ``first``-th on: a function of seed and position."""
-        n = len(self.plan)
-        epoch, skip = divmod(first, n)
-        pin = self.device.type == "cuda"
-        while True:
-            plan = self.plan.epoch(epoch)
-            yield from batches(self.encoded["train"], plan, workers=self.config.train.workers, pin=pin, skip=skip)
-            epoch, skip = epoch + 1, 0
+        plan, pin = self.plan.stream(first), self.device.type == "cuda"
+        return batches(self.encoded["train"], plan, workers=self.config.train.workers, pin=pin)
+
+    def candidates(self) -> list[nn.Parameter]:
+        """Every parameter that may have a gradient, in the model's order; looked up only after a change of shapes."""
+        if self._candidates is None or self._candidates[0] != self.allocation.table.version:
+            mine = {id(p) for layer in self.layers.values() for p in layer.adapter_parameters().values()}
+            found = [p for p in self.model.parameters() if p.requires_grad or id(p) in mine]
+            self._candidates = self.allocation.table.version, found
+        return self._candidates[1]
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter that training changes or has changed, by full name: adapters, head, or all of them."""
@@ -219,6 +225,7 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         plan=plan,
+        masks=parts["adapter"].masks(layers, config.seed),
         notes=start.notes if start is not None else (),
     )
 
@@ -234,7 +241,7 @@ def _probe(model: nn.Module, task: Task, encoded: Mapping[str, Encoded], importa
     if "probe" not in importance.needs:
         return None
     rows = encoded["validation"]
-    batch = rows.collate([rows[i] for i in range(min(importance.rows, len(rows)))])
+    batch = rows.batch(range(min(importance.rows, len(rows))))
     batch = {k: v.to(device) for k, v in batch.items()}
 
     def probe() -> float:

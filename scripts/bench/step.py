@@ -15,12 +15,14 @@ resident memory over the model at rest (on CUDA the allocator's own peak).
 import argparse
 import copy
 import json
+import math
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch
 from torch import nn
 
 from dora_cli.adapters.components import Components
+from dora_cli.adapters.dropout import Masks, attach
 from dora_cli.adapters.inject import inject
 from dora_cli.adapters.lora import Lora
 from dora_cli.adapters.svd import Svd
@@ -53,7 +56,7 @@ VARIANTS = (
     "floor", "full", "peft_lora", "lora", "dora", "dora_pruned", "peft_adalora", "adalora",
     "peft_weight_decomposed", "weight_decomposed",
 )  # fmt: skip
-START_RANK, RANK = 12, 8
+RANK = 8  # on average at the end; what shrinks starts at 1.5 times it
 TOTAL = 100_000  # steps of the schedule: rounds stay in the middle of it
 
 ADAPTERS: dict[str, Any] = {"lora": Lora, "dora": Components, "adalora": Svd, "weight_decomposed": WeightDecomposed}
@@ -61,6 +64,21 @@ PARTS: dict[str, dict[str, Any]] = {  # as in recipes/method/
     "dora": {"schedule": CubicLate, "importance": ComponentNorm, "allocator": Prune, "regularizer": Dem},
     "adalora": {"schedule": CubicEarly, "importance": Sensitivity, "allocator": Prune, "regularizer": Orthogonal},
 }
+
+
+@dataclass
+class Hooks:
+    """What a method adds to a step: before it, after backward, and after the optimizer."""
+
+    masks: Masks | None = None
+    after_backward: Callable[[int], object] = lambda step: None
+    after_step: Callable[[int, torch.optim.Optimizer], object] = lambda step, optimizer: None
+
+    def begin(self, step: int) -> None:
+        if self.masks is not None:
+            self.masks.move(step, 0)
+
+
 Step = Callable[[], float]  # takes one training step; returns the seconds of it that went to allocation
 
 
@@ -85,7 +103,8 @@ def build_base(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.
             sizes["num_key_value_heads"] = 8
         config = transformers.AutoConfig.for_model(shape["type"], **sizes)
         # No dropout of the base's own: it would weigh on every variant alike and blur the ratios.
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = config.attention_dropout = 0.0
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"):
+            setattr(config, name, 0.0)
     else:
         config = transformers.AutoConfig.from_pretrained(name)
     decoder = not getattr(config, "type_vocab_size", 0)
@@ -105,16 +124,16 @@ def make(variant: str, base: nn.Module, batch: dict[str, torch.Tensor], options:
     torch.manual_seed(1)
     dropout = options.current_dropout
     model = copy.deepcopy(base) if variant == "full" else twin(base)
-    after_backward, after_step = lambda step: None, lambda step, optimizer: None
-    targets = find_targets(model, None, exclude=[])
+    hooks = Hooks()
+    targets = find_targets(model, options.targets, exclude=[])
     if variant == "floor":
         return floor_step(model, batch, options)
     if variant == "full":
         model.requires_grad_(True)
     elif variant.startswith("peft_"):
-        model, after_step = peft_model(variant.removeprefix("peft_"), model, targets, dropout, batch)
+        model, hooks = peft_model(variant.removeprefix("peft_"), model, targets, dropout, options.rank)
     else:
-        after_backward, after_step = our_model(variant, model, targets, dropout)
+        hooks = our_hooks(variant, model, targets, dropout, options.rank)
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -125,16 +144,17 @@ def make(variant: str, base: nn.Module, batch: dict[str, torch.Tensor], options:
 
     def step() -> float:
         number = next(counter)
+        hooks.begin(number)
         with autocast(options):
             loss = forward(**batch).loss
         loss.backward()
         begin = time.perf_counter()
-        after_backward(number)
+        hooks.after_backward(number)
         spent = time.perf_counter() - begin
         torch.nn.utils.clip_grad_norm_([p for p in trained if p.grad is not None], 1.0)
         optimizer.step()
         begin = time.perf_counter()
-        after_step(number, optimizer)
+        hooks.after_step(number, optimizer)
         spent += time.perf_counter() - begin
         optimizer.zero_grad(set_to_none=True)
         return spent
@@ -161,47 +181,54 @@ def floor_step(model: Any, batch: dict[str, torch.Tensor], options: argparse.Nam
     return step
 
 
-def peft_model(kind: str, model: Any, targets: list[str], dropout: float, batch: Any) -> tuple[Any, Any]:
+def start_rank(rank: int) -> int:
+    return math.ceil(1.5 * rank)
+
+
+def peft_model(kind: str, model: Any, targets: list[str], dropout: float, rank: int) -> tuple[Any, Hooks]:
     """PEFT's model at its best: fused AdamW as for the others, no merging, no state for what is not adapted."""
     import peft
 
-    common = {"target_modules": targets, "lora_dropout": dropout, "lora_alpha": RANK}
+    common = {"target_modules": targets, "lora_dropout": dropout, "lora_alpha": rank}
     if kind == "adalora":
         config: Any = peft.AdaLoraConfig(
-            **common, init_r=START_RANK, target_r=RANK, tinit=int(0.15 * TOTAL), tfinal=int(0.5 * TOTAL), deltaT=10,
-            total_step=TOTAL, orth_reg_weight=0.1,
+            **common, init_r=start_rank(rank), target_r=rank, tinit=int(0.15 * TOTAL), tfinal=int(0.5 * TOTAL),
+            deltaT=10, total_step=TOTAL, orth_reg_weight=0.1,
         )  # fmt: skip
     else:
-        config = peft.LoraConfig(**common, r=RANK, use_dora=kind == "weight_decomposed")
+        config = peft.LoraConfig(**common, r=rank, use_dora=kind == "weight_decomposed")
     wrapped = peft.get_peft_model(model, config)
     if kind == "adalora":
-        return wrapped, lambda step, optimizer: wrapped.base_model.update_and_allocate(step)
-    return wrapped, lambda step, optimizer: None
+        return wrapped, Hooks(after_step=lambda step, optimizer: wrapped.base_model.update_and_allocate(step))
+    return wrapped, Hooks()
 
 
-def our_model(variant: str, model: nn.Module, targets: list[str], dropout: float) -> tuple[Any, Any]:
-    """Adapters in the model, and the two hooks of allocation."""
+def our_hooks(variant: str, model: nn.Module, targets: list[str], dropout: float, rank: int) -> Hooks:
+    """Put adapters into the model; what goes with them."""
     method = {"dora_pruned": "dora"}.get(variant, variant)
     adapter = ADAPTERS[method](dropout=dropout)
-    layers = inject(model, targets, adapter, [START_RANK if method in PARTS else RANK] * len(targets))
+    layers = inject(model, targets, adapter, [start_rank(rank) if method in PARTS else rank] * len(targets))
+    masks = attach(layers, dropout, seed=1, shared=True)
     if method not in PARTS:
-        return lambda step: None, lambda step, optimizer: None
+        return Hooks(masks)
     allocation = Allocation(
         layers,
         **{name: part() for name, part in PARTS[method].items()},
         total_steps=TOTAL,
-        target=Target(RANK * len(targets), by_cost=False),
+        target=Target(rank * len(targets), by_cost=False),
     )
     for layer in layers.values():  # gates that are open, as in the middle of a run
         torch.nn.init.normal_(layer.c, std=0.02)
     if variant != "dora_pruned":
-        return allocation.after_backward, allocation.after_step
+        return Hooks(masks, allocation.after_backward, allocation.after_step)
     keep = torch.zeros(len(allocation.table), dtype=torch.bool)
     keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[: allocation.last]] = True
     allocation.table.keep(keep, final=True)
     allocation.table.compact()
     after = allocation.window.end + 1
-    return lambda step: allocation.after_backward(after), lambda step, opt: allocation.after_step(after, opt)
+    return Hooks(
+        masks, lambda step: allocation.after_backward(after), lambda step, opt: allocation.after_step(after, opt)
+    )
 
 
 def autocast(options: argparse.Namespace) -> Any:
@@ -280,8 +307,9 @@ def resident(what: str) -> float:
 
 def in_own_process(variant: str, options: argparse.Namespace) -> float:
     arguments = [sys.executable, __file__, "--peak-of", variant, "--dropout", str(options.current_dropout)]
-    for name in ("model", "batch", "length", "device", "precision", "weights"):
+    for name in ("model", "batch", "length", "rank", "device", "precision", "weights"):
         arguments += [f"--{name}", str(getattr(options, name))]
+    arguments += ["--targets", *options.targets] if options.targets else []
     arguments += ["--checkpointing"] * options.checkpointing
     return float(subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
@@ -303,6 +331,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="minilm", help=f"{', '.join(SHAPES)}, or a folder with a config.json")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=RANK, help="average at the end; shrinking starts at 1.5 times it")
+    parser.add_argument("--targets", nargs="+", help="as adapter.targets, e.g. attention; default: all linear layers")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--rounds", type=int, default=15)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dora_cli.allocation.importance.base import FlatScores
@@ -28,7 +27,7 @@ def component_norms(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     gram_a = a @ a.mT  # (m, r, r); its diagonal holds the squared norms of the rows
     gram_b = b.mT @ b
     squares = (gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)).clamp_min(0)
-    total = torch.einsum("mi,mij,mj->m", c, gram_a * gram_b, c).clamp_min(0).sqrt()
+    total = (c * ((gram_a * gram_b) @ c[:, :, None]).squeeze(2)).sum(1).clamp_min(0).sqrt()
     return c.abs() * squares.sqrt(), total
 
 

@@ -46,12 +46,10 @@ class Sensitivity(Importance):
         with torch.no_grad():
             now = torch._foreach_mul([p.detach() for p in parameters], [p.grad for p in parameters])
             torch._foreach_abs_(now)
-            torch._foreach_mul_(means, self.beta)
-            torch._foreach_add_(means, now, alpha=1 - self.beta)
+            torch._foreach_lerp_(means, now, 1 - self.beta)
             torch._foreach_sub_(now, means)
             torch._foreach_abs_(now)
-            torch._foreach_mul_(spreads, self.beta_uncertainty)
-            torch._foreach_add_(spreads, now, alpha=1 - self.beta_uncertainty)
+            torch._foreach_lerp_(spreads, now, 1 - self.beta_uncertainty)
 
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
         scores = torch.zeros(len(table))

@@ -1,6 +1,6 @@
 """DoRA's Dimensional Equilibrium Modulator (Mao et al., Eq. 10): a component's entries stay even."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,7 +53,7 @@ class Dem(Regularizer):
             scale = learning_rate * self.weight * self.kappa * 2 / (centred.shape[axis] - 1)
             torch._foreach_add_([p.data for p in parameters], list(centred.unbind(0)), alpha=-scale)
 
-    def _centred(self, table: UnitTable) -> Iterator[tuple[list[nn.Parameter], Tensor, int]]:
+    def _centred(self, table: UnitTable) -> Iterator[tuple[Sequence[nn.Parameter], Tensor, int]]:
         """(parameters of one shape, (m, *shape) entries minus their component's mean, the axis of the entries)."""
         for group in table.groups():
             for name, axis in (("a", -1), ("b", -2)):
@@ -62,4 +62,4 @@ class Dem(Regularizer):
                     centred = stacked - stacked.mean(axis, keepdim=True)
                     if group.kept is not None:  # a dropped unit is gone, also while its rows still wait to be removed
                         centred *= group.kept.unsqueeze(axis)
-                    yield [getattr(layer, name) for layer in group.layers], centred, axis
+                    yield group.parameters(name), centred, axis

@@ -56,11 +56,11 @@ class GateKl(Regularizer):
     def after_backward(self, table: UnitTable) -> None:
         for group, phi, bits in _logits(table):
             with torch.enable_grad():
-                phi, bits = phi.requires_grad_(), bits.requires_grad_()
+                phi, bits = phi.detach().requires_grad_(), bits.detach().requires_grad_()
                 total = self.current * penalty(group, phi, bits).sum()
             gradients = torch.autograd.grad(total, (phi, bits))  # of a few logits, never through a layer
             for name, gradient in zip(("phi", "bit_logits"), gradients, strict=True):
-                add_to_gradients([getattr(layer, name) for layer in group.layers], gradient, 1.0)
+                add_to_gradients(group.parameters(name), gradient, 1.0)
         if self.target_rank is not None:
             off = expected_rank(table) - self.target_rank
             self.current = (self.current + (self.dual_rate or DUAL_RATE) * off).clamp_min(0.0)

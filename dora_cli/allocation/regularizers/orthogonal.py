@@ -1,6 +1,6 @@
 """AdaLoRA's orthogonality penalty on P (d_out, r) and Q (r, d_in)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +37,7 @@ class Orthogonal(Regularizer):
                 scale = 2.0 * self.weight / n_matrices
             add_to_gradients(parameters, direction if name == "b" else direction.mT, scale)
 
-    def _gaps(self, table: UnitTable) -> Iterator[tuple[list[nn.Parameter], str, Tensor, Tensor]]:
+    def _gaps(self, table: UnitTable) -> Iterator[tuple[Sequence[nn.Parameter], str, Tensor, Tensor]]:
         """(parameters, their name, P or Qᵀ (m, d, r), PᵀP − I (m, r, r)) for every group of matrices of one shape."""
         for group in table.groups():
             for name in ("b", "a"):
@@ -46,4 +46,4 @@ class Orthogonal(Regularizer):
                 if group.kept is not None:  # a dropped unit is gone, also while its rows still wait to be removed
                     p, eye = p * group.kept[:, None, :], eye * group.kept[:, :, None]
                 gap = p.mT @ p - eye
-                yield [getattr(layer, name) for layer in group.layers], name, p, gap
+                yield group.parameters(name), name, p, gap
