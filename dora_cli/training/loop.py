@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_cli.errors import UserError
+from dora_cli.modes import autocast
 from dora_cli.training.setup import Session
 from dora_cli.training.state import Progress
 
@@ -55,7 +55,7 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
             if session.masks is not None:
                 session.masks.move(step, i)
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            with _autocast(session):
+            with autocast(device, session.autocast_dtype):
                 loss, _, _ = task.loss(session.forward, batch)
             (loss / count).backward()
             meter.add(loss.detach() / count)
@@ -148,12 +148,6 @@ def _every(value: int | float | None, total: int, epoch: int) -> int:
     if value is None:
         return min(epoch, total)
     return max(1, int(value * total)) if value < 1 else int(value)
-
-
-def _autocast(session: Session) -> Any:
-    if session.autocast_dtype is None:
-        return nullcontext()
-    return torch.autocast(session.device.type, dtype=session.autocast_dtype)
 
 
 class _Meter:

@@ -11,17 +11,31 @@ from dora_cli.adapters.part import LowRankPart
 from dora_cli.data.batching import LengthGroupedBatches, batches
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.tasks.base import Task
+from dora_cli.modes import autocast
 
 IGNORED = -100  # the label of a token that the loss leaves out
 
 
 def passes(
-    model: nn.Module, task: Task, encoded: Encoded, plan: LengthGroupedBatches, device: torch.device
+    model: nn.Module,
+    task: Task,
+    encoded: Encoded,
+    plan: LengthGroupedBatches,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> Iterator[tuple[Tensor, Callable[[], object]]]:
-    """For each training batch of the first epoch: which of its tokens (n, s) are real, and its forward pass."""
+    """For each training batch of the first epoch: which of its tokens (n, s) are real, and its forward pass.
+
+    ``dtype`` is what the pass is cast to, as in training.
+    """
+
+    def run(batch: dict[str, Tensor]) -> None:
+        with autocast(device, dtype):
+            task.loss(model, batch)
+
     for batch in batches(encoded, plan.epoch(0)):
         batch = {k: v.to(device) for k, v in batch.items()}
-        yield real_tokens(batch), partial(task.loss, model, batch)
+        yield real_tokens(batch), partial(run, batch)
 
 
 def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:

@@ -75,7 +75,7 @@ def test_the_probe_sees_one_batch_of_validation_rows_in_eval_mode_and_full_preci
     assert session.model.training
     assert len(seen) == 2 * (1 + 2 * 24)  # the whole model, and two forwards per rank
     rows = session.encoded["validation"]
-    first = rows.collate([rows[i] for i in range(8)])["input_ids"]
+    first = rows.batch(range(8))["input_ids"]
     for training, dtype, batch in seen:
         assert not training and dtype is torch.float32 and torch.equal(batch, first)
 

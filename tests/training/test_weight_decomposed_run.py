@@ -183,10 +183,13 @@ def test_the_command_starts_from_another_runs_adapter(dora_train: Train, tmp_pat
 
 def test_low_precision_recomputation_and_accumulation_train(dora_train: Train, tmp_path: Path) -> None:
     words = ["train.precision=bf16", "train.gradient_checkpointing=true", "train.accumulation=2", "adapter.dropout=0.1"]
-    assert dora_train("method=weight_decomposed", "budget=r2", "train.max_steps=20", *words) == 0
+    assert (
+        dora_train("method=weight_decomposed", "budget=r2", "train.max_steps=60", "train.learning_rate=0.05", *words)
+        == 0
+    )
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["split"] == "train"]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.02
 
 
 @pytest.mark.parametrize("method", ["rslora", "adalora_official"])
