@@ -3,7 +3,9 @@
 Exit codes (DESIGN 3): 0 success, 2 a user's mistake, 1 anything else, 130 and 143 on Ctrl-C and SIGTERM.
 """
 
+import atexit
 import errno
+import gc
 import os
 import shutil
 import signal
@@ -103,6 +105,7 @@ def guard(function: Callable[[list[str]], int | None], argv: Sequence[str] | Non
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no "→" must not turn help into a traceback
+    atexit.register(gc.freeze)  # else Python walks through all that the libraries made once more, for a second
     try:
         with _sigterm_raises():
             return function(list(sys.argv[1:] if argv is None else argv)) or 0
