@@ -4,7 +4,7 @@ and one thread, since tiny tensors gain from no more.
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,14 @@ from dora_cli.adapters.part import LowRankPart
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 Stack = tuple[nn.Module, dict[str, AdapterLayer]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a run keeps for the next one (tokens) stays out of the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

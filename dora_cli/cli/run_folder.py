@@ -11,10 +11,10 @@ CONFIG, SUMMARY, METRICS, RANKS, LOG = "config.yaml", "summary.json", "metrics.j
 ADAPTER, MERGED, CHECKPOINTS = "adapter", "merged", "checkpoints"
 OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, "report.html")
 
-# What may differ between an interrupted run and its resumption: logging, saving, workers, and how it was called.
+# What may differ between an interrupted run and its resumption: logging, saving, workers, cache, how it was called.
 FREE_ON_RESUME = (
     *("out", "resume", "overwrite", "dry_run", "offline", "save.merged"),
-    *("train.log_every", "train.save_every", "train.keep_last", "train.workers"),
+    *("train.log_every", "train.save_every", "train.keep_last", "train.workers", "data.cache"),
 )
 
 

@@ -1,8 +1,9 @@
 """Which rows form a batch: plans without state, so that any epoch can be entered anywhere."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from signal import SIG_IGN, SIGINT, signal
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ class LengthGroupedBatches:
         batches[:1], batches[longest : longest + 1] = batches[longest : longest + 1], batches[:1]
         return batches
 
+    def stream(self, first: int) -> Iterator[list[int]]:
+        """The row numbers of every batch from the ``first``-th of a run on, epoch after epoch, without end."""
+        epoch, skip = divmod(first, len(self))
+        while True:
+            yield from self.epoch(epoch)[skip:]
+            epoch, skip = epoch + 1, 0
+
 
 def sequential_batches(lengths: Tensor, batch_size: int) -> list[list[int]]:
     """Evaluation batches: rows from long to short, so that little is padded; the same for every call."""
@@ -56,33 +64,35 @@ def sequential_batches(lengths: Tensor, batch_size: int) -> list[list[int]]:
 
 
 def batches(
-    dataset: Encoded,
-    plan: Sequence[list[int]],
-    *,
-    collate: Callable[[Any], dict[str, Tensor]] | None = None,
-    workers: int = 0,
-    pin: bool = False,
-    skip: int = 0,
+    dataset: Encoded, plan: Iterable[list[int]], *, workers: int = 0, pin: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """The batches of a plan, without touching the global random state.
+    """The batches of a plan, in its order, without touching the global random state.
 
     Args:
         dataset: the rows.
-        plan: row numbers of every batch.
-        collate: examples to batch; by default the data set's own.
-        workers: processes that collate ahead; 0 for none.
+        plan: row numbers of every batch; it may be endless.
+        workers: processes that put batches together ahead; 0 for none. They start once, and end with the iterator.
         pin: put batches into page-locked memory, for copies to a GPU that do not wait.
-        skip: batches to leave out at the start, when a run goes on in the middle of an epoch.
     """
     yield from DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=plan[skip:],
-        collate_fn=collate or dataset.collate,
+        batch_sampler=plan,
+        collate_fn=_as_it_is,  # the data set gives whole batches
         num_workers=workers,
         pin_memory=pin,
+        worker_init_fn=_leave_interrupts if workers else None,
         # The loader draws a seed for its workers, from the global state if it has no generator of its own.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; what to do about it is the main one's business."""
+    signal(SIGINT, SIG_IGN)
 
 
 def _mixed(seed: int, epoch: int) -> int:

@@ -52,8 +52,8 @@ def evaluate(
     expected: list[Tensor] = []
     autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
     with evaluating(model), torch.no_grad(), autocast:
-        for batch in batches(encoded, plan):
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        for batch in batches(encoded, plan, pin=device.type == "cuda"):
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             total, n, outputs = task.loss(model, batch)
             prediction, reference = task.predict(outputs), task.reference(batch)
             metrics.update(prediction, reference)

@@ -29,6 +29,7 @@ def choose():
             "labels": None,
             "metrics": [],
             "max_length": 32,
+            "cache": None,
             "max_train_samples": None,
             "max_eval_samples": None,
             "holdout": 0.25,
@@ -69,6 +70,11 @@ def make_tokenizer(kind, **options):
     else:
         special |= {"eos_token": "[EOS]", "model_input_names": ["input_ids", "attention_mask"]}
     return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+@pytest.fixture
+def new_tokenizer():
+    return make_tokenizer
 
 
 @pytest.fixture

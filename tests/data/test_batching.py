@@ -1,6 +1,10 @@
 """Every row once an epoch, the same order for the same seed and epoch, similar lengths together."""
 
+import multiprocessing
+import os
 import random
+import signal
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -81,16 +85,48 @@ def rows():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_follow_the_plan_from_where_they_start(rows, workers):
+def test_batches_follow_the_plan(rows, workers):
     plan = [[3, 1], [0, 2, 9], [4], [8, 7]]
-    got = [batch["labels"].tolist() for batch in batches(rows, plan, workers=workers)]
-    assert got == plan
-    assert [batch["labels"].tolist() for batch in batches(rows, plan, workers=workers, skip=2)] == plan[2:]
-    assert list(batches(rows, plan, skip=4)) == []
+    made = list(batches(rows, plan, workers=workers))
+    assert len(made) == len(plan)
+    for batch, numbers in zip(made, plan, strict=True):
+        expected = rows.batch(numbers)
+        assert list(batch) == list(expected)
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    assert list(batches(rows, [], workers=workers)) == []
 
 
-def test_another_collation_can_be_given(rows):
-    assert list(batches(rows, [[1, 2]], collate=len)) == [2]
+@settings(max_examples=50, deadline=None)
+@given(lengths, st.integers(1, 20), st.integers(0, 200))
+def test_a_run_can_be_entered_at_any_batch(lengths, size, first):
+    plan = LengthGroupedBatches(lengths, size, 7)
+    epochs = first // len(plan) + 3
+    whole = [rows for epoch in range(epochs) for rows in plan.epoch(epoch)]
+    ahead = len(plan) + 2
+    assert list(islice(plan.stream(first), ahead)) == whole[first : first + ahead]
+
+
+class Processes:
+    """Batches that say which process made them."""
+
+    def __getitems__(self, rows):
+        return {"process": torch.tensor([os.getpid()])}
+
+
+def test_workers_start_once_for_all_epochs_and_end_with_the_stream():
+    stream = batches(Processes(), LengthGroupedBatches(torch.ones(10), 4, 1).stream(0), workers=2)
+    made = [int(next(stream)["process"]) for _ in range(12)]
+    assert len(set(made)) == 2 and os.getpid() not in made
+    stream.close()
+    assert all(child.pid not in made for child in multiprocessing.active_children())
+
+
+def test_an_interrupt_of_the_terminal_leaves_workers_alone():
+    stream = batches(Processes(), LengthGroupedBatches(torch.ones(10), 4, 1).stream(0), workers=1)
+    worker = int(next(stream)["process"])
+    os.kill(worker, signal.SIGINT)
+    assert {int(next(stream)["process"]) for _ in range(20)} == {worker}
+    stream.close()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

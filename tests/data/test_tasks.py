@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dora_cli.data import tokens
 from dora_cli.data.sources import load_rows
 from dora_cli.data.tasks import TASKS, build_task, higher_is_better
 from dora_cli.errors import UserError
@@ -265,7 +266,7 @@ class Fixed:
 
 def batch(task, rows, tokenizer):
     encoded = task.encode(rows.splits["train"], tokenizer)
-    return encoded.collate([encoded[i] for i in range(len(encoded))])
+    return encoded.batch(range(len(encoded)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -288,10 +289,21 @@ def test_squared_error_is_summed_over_rows_in_float32(fit, tokenizer):
 
 
 @pytest.mark.parametrize("task_name", TASKS)
+def test_tokens_are_kept_in_the_folder_that_the_configuration_names(fit, tokenizer, tmp_path, monkeypatch, task_name):
+    monkeypatch.setattr(tokens, "CACHED_FROM", 0)
+    task, rows = fit(rows_of([0, 1, 1, 0, 1]), task=task_name, cache=str(tmp_path / "kept"))
+    first, second = (task.encode(rows.splits["train"], tokenizer) for _ in range(2))
+    assert len(list((tmp_path / "kept" / "tokens").iterdir())) == 1
+    assert first.ids == second.ids == [0, 1, 2, 3, 4]
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.batch([4, 1]).values(), second.batch([4, 1]).values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("task_name", TASKS)
 def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(fit, tokenizer, task_name):
     task, rows = fit(rows_of([0, 1, 1, 0, 1]), task=task_name)
     encoded = task.encode(rows.splits["train"], tokenizer)
-    examples = [encoded[i] for i in range(5)]
     weight = torch.randn(60, task.num_labels, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
     def model(input_ids, attention_mask, token_type_ids):
@@ -300,12 +312,12 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(fit, tokenizer,
     def gradient(parts):
         count = sum(len(part) for part in parts)
         for part in parts:
-            (task.loss(model, encoded.collate(part)).total / count).backward()
+            (task.loss(model, encoded.batch(part)).total / count).backward()
         total, weight.grad = weight.grad, None
         return total
 
-    whole = gradient([examples])
-    parts = gradient([examples[:3], examples[3:]])
+    whole = gradient([range(5)])
+    parts = gradient([range(3), range(3, 5)])
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)  # each row adds to its own entries
 
 

@@ -55,7 +55,7 @@ def test_any_batch_size_gives_the_numbers_of_one_row_at_a_time(task_name, batch_
     result = evaluate(model, task, encoded, device="cpu", batch_size=batch_size, keep_predictions=True)
     model.eval()
     with torch.no_grad():
-        outputs = [task.loss(model, encoded.collate([encoded[i]])) for i in range(N)]
+        outputs = [task.loss(model, encoded.batch([i])) for i in range(N)]
     assert result.metrics["loss"] == pytest.approx(sum(o.total.item() for o in outputs) / N, rel=1e-5)
     said = [task.decode(task.predict(o.outputs))[0] for o in outputs]
     assert [p["id"] for p in result.predictions] == encoded.ids

@@ -15,6 +15,7 @@ class TaskChoice(Protocol):
     labels: list[str] | None
     metrics: list[str]
     max_length: int
+    cache: str | None
 
     @property
     def columns(self) -> Mapping[str, str | None]: ...

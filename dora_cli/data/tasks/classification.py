@@ -64,9 +64,7 @@ class Classification:
         column = self.columns["label"]
         names = _class_names(rows, column)
         labels = torch.tensor([self._index(value, names) for value in values(rows, column)])
-        return encode_texts(
-            rows, self.columns, tokenizer, max_length=self.config.max_length, scalars={"labels": labels}
-        )
+        return encode_texts(rows, self.columns, tokenizer, self.config, scalars={"labels": labels})
 
     def count(self, batch: dict[str, Tensor]) -> int:
         return len(batch["labels"])

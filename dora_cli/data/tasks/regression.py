@@ -51,9 +51,7 @@ class Regression:
 
     def encode(self, rows: Any, tokenizer: Any) -> Encoded:
         labels = torch.tensor([_number(value) for value in values(rows, self.columns["label"])], dtype=torch.float32)
-        return encode_texts(
-            rows, self.columns, tokenizer, max_length=self.config.max_length, scalars={"labels": labels}
-        )
+        return encode_texts(rows, self.columns, tokenizer, self.config, scalars={"labels": labels})
 
     def count(self, batch: dict[str, Tensor]) -> int:
         return len(batch["labels"])

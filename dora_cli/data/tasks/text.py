@@ -5,8 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_cli.data.encoded import Encoded, tokenize
+from dora_cli.data.cache import cache_folder
+from dora_cli.data.encoded import Encoded
 from dora_cli.data.sources import ROW, Rows
+from dora_cli.data.tasks.base import TaskChoice
+from dora_cli.data.tokens import tokenize
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
 
@@ -60,12 +63,13 @@ def check_texts(rows: Rows, role: str, columns: Sequence[str]) -> None:
 
 
 def encode_texts(
-    rows: Any, columns: dict[str, str], tokenizer: Any, *, max_length: int, scalars: dict[str, Tensor]
+    rows: Any, columns: dict[str, str], tokenizer: Any, config: TaskChoice, *, scalars: dict[str, Tensor]
 ) -> Encoded:
     """Tokenise a split's text, or its pairs, and name its rows by their id, else by their number in the source."""
     texts = list(values(rows, columns["text"]))
     pairs = list(values(rows, columns["text_pair"])) if "text_pair" in columns else None
-    encoded = tokenize(texts, pairs, tokenizer, max_length=max_length, scalars=scalars)
+    cache = cache_folder(config.cache)
+    encoded = tokenize(texts, pairs, tokenizer, max_length=config.max_length, scalars=scalars, cache=cache)
     encoded.ids = list(values(rows, columns.get("id", ROW)))
     return encoded
 

@@ -1,0 +1,206 @@
+"""From texts to token rows: on all cores, with few Python objects, and once for any number of runs."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_cli.data.cache import cached
+from dora_cli.data.encoded import Encoded
+from dora_cli.errors import UserError
+
+CHUNK, CHUNK_CHARACTERS = 1000, 4_000_000  # rows tokenised at once, at most; their tokens take much memory meanwhile
+CACHED_FROM = 1_000_000  # characters; fewer are tokenised about as soon as a cache is asked
+FORMAT = 1  # of what is cached: raise it when the tokens of the same texts become others
+
+Columns = dict[str, list[list[int]]]  # column → one list a row
+
+
+def tokenize(
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    scalars: dict[str, Tensor],
+    cache: Path | None = None,
+) -> Encoded:
+    """Tokenise texts, or pairs of texts, with the tokenizer's special tokens.
+
+    A row longer than ``max_length`` loses tokens from the end of its longer text, and is counted. A tokenizer that puts
+    nothing between two texts (GPT-2, Llama) gets a line break between them, so that their words do not run together.
+
+    Args:
+        texts: one a row.
+        pairs: the second text of each row, or ``None``.
+        tokenizer: of transformers.
+        max_length: tokens, special ones included.
+        scalars: the columns that go along, shape ``(N,)`` each.
+        cache: where the tokens of large sets are kept for the next run; ``None``: nowhere. What a tokenizer that is
+            written in Python does cannot be put into a key: its tokens are not kept.
+
+    Raises:
+        UserError: ``max_length`` leaves no room beside the special tokens.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+    if max_length <= special + (pairs is not None):
+        raise UserError(
+            f"data.max_length={max_length} leaves no room for text",
+            where=f"the tokenizer adds {special} special tokens to a row",
+            hint="raise data.max_length",
+        )
+    if pairs is not None and special == tokenizer.num_special_tokens_to_add(pair=False):
+        texts = [f"{text}\n" for text in texts]
+    pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    pads = {name: pad for name, pad in pads.items() if name in tokenizer.model_input_names}
+    job = _Job(texts, pairs, tokenizer, _rust(tokenizer), max_length, _empty_row(tokenizer, pads))
+    characters = sum(map(len, texts)) + sum(map(len, pairs or ()))
+    worth = characters >= CACHED_FROM and job.rust is not None
+    tokens = cached(cache if worth else None, job.key, job.tokens)
+    return Encoded(
+        ragged={name: tokens[name] for name in pads},
+        offsets=tokens["offsets"],
+        scalars=scalars,
+        pads=pads,
+        side=tokenizer.padding_side,
+        truncated=int(tokens["truncated"]),
+    )
+
+
+def _rust(tokenizer: Any) -> Any:
+    """The Rust tokenizer where it does all the work, set neither to cut nor to pad; ``None`` elsewhere.
+
+    Asking it directly takes half the time that it takes through transformers, whose classes may override what they do.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    of = type(tokenizer)
+    plain = isinstance(tokenizer, PreTrainedTokenizerFast) and of.__call__ is PreTrainedTokenizerFast.__call__
+    if not plain or of._encode_plus is not PreTrainedTokenizerFast._encode_plus:
+        return None
+    rust = tokenizer.backend_tokenizer
+    rust.no_truncation()
+    rust.no_padding()
+    rust.encode_special_tokens = tokenizer.split_special_tokens
+    return rust
+
+
+def _empty_row(tokenizer: Any, pads: dict[str, int]) -> dict[str, list[int]]:
+    """What stands for a text without any token: it still needs one to be read at."""
+    ends = (tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.pad_token_id)
+    return {name: [pad] for name, pad in pads.items()} | {"input_ids": [next(i for i in ends if i is not None)]}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that the tokens of a split follow from. ``empty``: column → the row of a text without tokens."""
+
+    texts: Sequence[str]
+    pairs: Sequence[str] | None
+    tokenizer: Any
+    rust: Any
+    max_length: int
+    empty: dict[str, list[int]]
+
+    def tokens(self) -> dict[str, Tensor]:
+        """Every column, shape ``(Σ s_i,)``, int32; ``offsets``, shape ``(N + 1,)``; ``truncated``, shape ``(1,)``."""
+        flat: dict[str, list[np.ndarray]] = {name: [] for name in self.empty}
+        lengths: list[int] = []
+        truncated = 0
+        for first, second in self._chunks():
+            columns, cut = (self._by_python if self.rust is None else self._by_rust)(first, second)
+            truncated += cut
+            for name, rows in columns.items():
+                full = [row or self.empty[name] for row in rows]
+                flat[name].append(np.fromiter(chain.from_iterable(full), np.int32))
+            lengths += [len(row) or 1 for row in columns["input_ids"]]
+        return {
+            **{name: torch.from_numpy(np.concatenate(chunks)) for name, chunks in flat.items()},
+            "offsets": torch.tensor([0, *lengths]).cumsum(0),
+            "truncated": torch.tensor([truncated]),
+        }
+
+    def key(self) -> str:
+        """A digest of everything here, and of the versions of what does the work."""
+        import tokenizers
+        import transformers
+
+        facts = {
+            "format": FORMAT,
+            "versions": [tokenizers.__version__, transformers.__version__],
+            "rows": [len(self.texts), self.pairs is not None],  # with the lengths below, no two splits read the same
+            "max_length": self.max_length,
+            "empty": self.empty,
+            "side": self.tokenizer.truncation_side,
+            "split_special_tokens": self.tokenizer.split_special_tokens,
+        }
+        digest = sha256(json.dumps(facts).encode())
+        digest.update(self.rust.to_str().encode())
+        for column in (self.texts, self.pairs or ()):
+            for start in range(0, len(column), CHUNK):
+                chunk = column[start : start + CHUNK]
+                digest.update(np.fromiter(map(len, chunk), np.int64, len(chunk)).data)
+                digest.update("".join(chunk).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def _chunks(self) -> Iterator[tuple[list[str], list[str] | None]]:
+        """Texts and second texts to tokenise at once."""
+        start, characters = 0, 0
+        for end, text in enumerate(self.texts, start=1):
+            characters += len(text) + (len(self.pairs[end - 1]) if self.pairs is not None else 0)
+            if end - start == CHUNK or characters >= CHUNK_CHARACTERS or end == len(self.texts):
+                yield list(self.texts[start:end]), None if self.pairs is None else list(self.pairs[start:end])
+                start, characters = end, 0
+
+    def _by_rust(self, first: list[str], second: list[str] | None) -> tuple[Columns, int]:
+        encodings = self.rust.encode_batch_fast(first if second is None else list(zip(first, second, strict=True)))
+        columns = {"input_ids": [e.ids for e in encodings]}
+        if "token_type_ids" in self.empty:
+            columns["token_type_ids"] = [e.type_ids for e in encodings]
+        long = [i for i, ids in enumerate(columns["input_ids"]) if len(ids) > self.max_length]
+        for i in long:
+            for span in _surplus(encodings[i].sequence_ids, self.max_length, self.tokenizer.truncation_side):
+                for rows in columns.values():
+                    del rows[i][span]
+        return columns, len(long)
+
+    def _by_python(self, first: list[str], second: list[str] | None) -> tuple[Columns, int]:
+        quiet = {"return_attention_mask": False, "verbose": False}
+        made = self.tokenizer(first, second, **quiet)
+        columns = {name: list(made[name]) for name in self.empty}
+        long = [i for i, ids in enumerate(columns["input_ids"]) if len(ids) > self.max_length]
+        if long:
+            again = [column and [column[i] for i in long] for column in (first, second)]
+            cut = self.tokenizer(*again, truncation=True, max_length=self.max_length, **quiet)
+            for name, rows in columns.items():
+                for i, row in zip(long, cut[name], strict=True):
+                    rows[i] = row
+        return columns, len(long)
+
+
+def _surplus(sequences: list[int | None], max_length: int, side: str) -> list[slice]:
+    """What goes from a row that is too long, last first: the longer text gives until both are equal, as when the
+    tokenizer cuts. (Its own cut keeps every piece that it cuts off, of two long texts every pair of pieces.)
+
+    Args:
+        sequences: for every token the text that it comes from, 0 or 1; ``None`` for special tokens.
+        max_length: how many tokens may stay.
+        side: where a text loses tokens, ``right`` or ``left``.
+    """
+    counts = sequences.count(0), sequences.count(1)
+    room = max_length - sequences.count(None)
+    shorter = min(*counts, room // 2)
+    shares = (shorter, room - shorter) if counts[0] <= counts[1] else (room - shorter, shorter)
+    spans = []
+    for text, (count, share) in enumerate(zip(counts, shares, strict=True)):
+        if count > share:
+            start = sequences.index(text) + (share if side == "right" else 0)
+            spans.append(slice(start, start + count - share))
+    return sorted(spans, key=lambda span: span.start, reverse=True)
