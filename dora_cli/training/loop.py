@@ -56,7 +56,7 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
                 session.masks.move(step, i)
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             with autocast(device, session.autocast_dtype):
-                loss, _, _ = task.loss(session.forward, batch)
+                loss = task.loss(session.forward, batch).total  # the outputs must not live into the next forward pass
             (loss / count).backward()
             meter.add(loss.detach() / count)
 

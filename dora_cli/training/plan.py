@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from dora_cli.adapters.base import AdapterLayer, linear_shape
+from dora_cli.training.memory import NoEstimate, estimate
 from dora_cli.training.optim import warmup_steps
 from dora_cli.training.setup import Session
 
@@ -21,6 +22,8 @@ def describe(session: Session, out: str) -> Sections:
     if session.allocation.allocator.scores:
         sections["schedule"] = _schedule(session)
     sections["training"] = _training(session)
+    if session.config.dry_run:
+        sections["training"]["memory"] = _memory(session)
     notes = _notes(session)
     if notes:
         sections["note"] = {str(i): text for i, text in enumerate(notes, start=1)}
@@ -115,6 +118,13 @@ def _training(session: Session) -> dict[str, str]:
         "rate": f"{train.learning_rate:g} {train.scheduler}, {counted(warmup, 'step')} of warm-up, "
         f"weight decay {train.weight_decay:g}, clip {train.clip_norm}",
     }
+
+
+def _memory(session: Session) -> str:
+    try:
+        return estimate(session).sentence()
+    except NoEstimate as error:
+        return f"no estimate can be given ({error})"
 
 
 def _notes(session: Session) -> list[str]:

@@ -4,6 +4,7 @@ import platform
 import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,9 +67,24 @@ def rank_map(session: Session) -> dict[str, int]:
 
 
 def peak_rss_mib() -> int:
-    """Peak resident memory of this process; Linux counts KiB, macOS bytes."""
+    """Peak resident memory of this process."""
+    kernel = kernel_count("VmHWM")
+    if kernel is not None:
+        return round(kernel / MIB)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (MIB if sys.platform == "darwin" else 1024))
+    return round(peak / (MIB if sys.platform == "darwin" else 1024))  # macOS counts bytes
+
+
+def kernel_count(name: str) -> int | None:
+    """Bytes that Linux says of this process, ``VmRSS`` or ``VmHWM``; None elsewhere.
+
+    ``ru_maxrss`` would begin with what the parent process held.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return None
 
 
 def peak_device_mib(device: torch.device) -> int | None:
