@@ -214,8 +214,8 @@ class WholeModule:
 class LowRankLayer(AdapterLayer):
     """ΔW = scale · B diag(c) A, with or without the gates c: every parametrisation that is a sum of components.
 
-    ``is_plain_pair`` says that the layer is its base plus ``operands()`` and nothing else, so that both can be computed
-    as one.
+    A subclass that says how to update by ``operands()`` alone, and not by an ``update`` or ``updated`` of its own, is
+    computed together with its base.
 
     Args:
         base: the linear layer to adapt.
@@ -227,7 +227,6 @@ class LowRankLayer(AdapterLayer):
     unit_axes: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1, "c": 0}
     valve = "c"
     no_decay = frozenset({"c"})
-    is_plain_pair: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module, a: Tensor, b: Tensor, c: Tensor | None, scale: float, dropout: float) -> None:
         super().__init__(base)
@@ -249,15 +248,16 @@ class LowRankLayer(AdapterLayer):
         return self.c if "c" in self.unit_axes else torch.ones_like(self.a[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.active or self.rank == 0 or not self.is_plain_pair or not can_fuse(self.base_layer, x, self.a):
+        kind = type(self)
+        plain = kind.update is LowRankLayer.update and kind.updated is LowRankLayer.updated
+        if not plain or not self.active or self.rank == 0 or not can_fuse(self.base_layer, x, self.a):
             return super().forward(x)
         weight = self.weight.T if self.transposed else self.weight
         if not self.training or self.dropout == 0:
             return low_rank_linear(x, weight, self.bias, *self.operands())
         if self.masks is None:
             return super().forward(x)
-        x = x.to(compute_type(x))
-        dropped, mask = self.masks.drop(x, self.mask_group)
+        dropped, mask = self.masks.drop(x, self.mask_group, compute_type(x))
         return low_rank_linear(x, weight, self.bias, *self.operands(), dropped, mask)
 
     def updated(self, x: Tensor, out: Tensor) -> Tensor:

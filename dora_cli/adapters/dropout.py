@@ -2,8 +2,9 @@
 
 Drawing a number for every entry of every adapter's input costs as much on a CPU as half the model. A long sequence of
 independent entries, drawn once, and a window of it that begins at a random place costs next to nothing. Any two entries
-of a mask are independent as long as the window is shorter than the sequence, and so are the masks of two steps: they
-are windows at places that have nothing to do with each other.
+of a mask are independent, since the window is shorter than the sequence, and the masks of two steps are uncorrelated:
+they begin at places that have nothing to do with each other. A module that a model calls several times in one pass
+(layers that ALBERT shares) has one mask for all calls.
 
 Where a window begins is a function of (seed, step, micro-batch, group) alone: recomputation under gradient
 checkpointing and a resumed run see the same masks, whatever else draws random numbers.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 22  # entries drawn at once; the shortest sequence
+MARK = "|"  # between the names of siblings, in that of their group
 ALIGNMENT = 16  # windows begin at multiples of this, so that they can be read a register at a time
 
 # Modules of one parent that read the same input, by the names that architectures give them.
@@ -38,7 +40,7 @@ def groups_of(names: Iterable[str], *, shared: bool) -> dict[str, str]:
     for name in names:
         parent, _, child = name.rpartition(".")
         family = next((sorted(s) for s in SIBLINGS if child in s), None) if shared else None
-        groups[name] = name if family is None else f"{parent}.{'|'.join(family)}"
+        groups[name] = name if family is None else f"{parent}.{MARK.join(family)}"
     return groups
 
 
@@ -70,16 +72,18 @@ class Masks:
         self._position = (step, micro_batch)
         self._last = None
 
-    def drop(self, x: Tensor, group: str) -> Dropped:
-        """``x`` under the group's mask. Siblings that are given the same tensor one after another share the work."""
-        if self._last is not None:
+    def drop(self, x: Tensor, group: str, dtype: torch.dtype | None = None) -> Dropped:
+        """``x`` in ``dtype`` under the group's mask. Siblings that are given the same tensor in turn share the work."""
+        if self._last is not None and not x.is_inference():
             last_group, last_x, version, dropped = self._last
             if last_group == group and last_x is x and version == x._version:
                 return dropped
-        mask = self.window(x, group)
         with torch.no_grad():
-            dropped = Dropped(x * mask, mask)
-        self._last = (group, x, x._version, dropped)
+            values = x.to(dtype or x.dtype)
+            mask = self.window(values, group)
+            dropped = Dropped(values * mask, mask)
+        shared = MARK in group and not x.is_inference()
+        self._last = (group, x, x._version, dropped) if shared else None
         return dropped
 
     def window(self, x: Tensor, group: str) -> Tensor:

@@ -30,12 +30,15 @@ def can_fuse(base: nn.Module, x: Tensor, a: Tensor) -> bool:
 
     A compiler sees more than one node at a time, and is left the plain operations.
     """
-    if torch.compiler.is_compiling() or type(base).__name__ not in ("Linear", "Conv1D"):
+    conv1d = type(base).__name__ == "Conv1D" and type(base).__module__.startswith("transformers.")
+    if torch.compiler.is_compiling() or not (type(base) is nn.Linear or conv1d):
         return False
     weight, bias = base.weight, base.bias
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
+    if any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)):
+        return False
+    if "forward" in base.__dict__:
         return False
     if torch.is_autocast_enabled(x.device.type):
         return weight.is_floating_point()
@@ -65,7 +68,7 @@ def low_rank_linear(
     dtype = compute_type(x)
     casts = [t.to(dtype) if isinstance(t, Tensor) else t for t in (x, a, b, factor)]
     out: Tensor = _LowRankLinear.apply(*casts, weight, bias, dropped, mask)
-    return out
+    return out.view(*x.shape[:-1], out.shape[-1])  # not in the node: autograd lets nobody write into a view made there
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -84,8 +87,8 @@ class _LowRankLinear(torch.autograd.Function):
         r, d_out = a.shape[0], weight.shape[0]
         rows = x.reshape(-1, x.shape[-1])  # (n, d_in)
         inputs = rows if dropped is None else dropped.reshape(rows.shape)
-        hidden = inputs @ _widened(a.t())  # (n, width), zeros beyond r
         left = b.new_empty(r + (bias is not None), d_out)
+        hidden = inputs @ _widened(a.t(), len(left))  # (n, width), zeros beyond r
         torch.mul(b.t(), _column(factor), out=left[:r])
         if bias is not None:  # one more component, always 1
             hidden[:, r] = 1
@@ -94,7 +97,7 @@ class _LowRankLinear(torch.autograd.Function):
         y.addmm_(rows, weight.t().to(x.dtype))
         ctx.save_for_backward(inputs, a, b, hidden, weight, *([factor] if isinstance(factor, Tensor) else []))
         ctx.factor, ctx.mask, ctx.shape = factor, mask, x.shape
-        return y.view(*x.shape[:-1], d_out)
+        return y  # (n, d_out)
 
     @staticmethod
     @once_differentiable
@@ -103,14 +106,14 @@ class _LowRankLinear(torch.autograd.Function):
         factor = gates[0] if gates else ctx.factor
         need_x, need_a, need_b, need_factor = ctx.needs_input_grad[:4]
         r = a.shape[0]
-        g = grad.reshape(-1, grad.shape[-1])  # (n, d_out)
+        g = grad  # (n, d_out)
         grad_x = grad_a = grad_b = grad_factor = None
         if need_b or need_factor:
             product = (hidden.t().contiguous() @ g)[:r]  # (r, d_out), of B diag(f)
             grad_factor = (product * b.t()).sum(1) if need_factor else None
             grad_b = product.mul_(_column(factor)).t().contiguous() if need_b else None
         if need_a or need_x:
-            back = g @ _widened(b * factor)  # (n, width)
+            back = g @ _widened(b * factor, r)  # (n, width)
         if need_a:
             grad_a = (back.t().contiguous() @ inputs)[:r]
         if need_x:
@@ -121,9 +124,9 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, grad_a, grad_b, grad_factor, None, None, None, None
 
 
-def _widened(thin: Tensor) -> Tensor:
-    """(d, r) → (d, width), with zeros in columns enough for one more component."""
-    wide = thin.new_zeros(thin.shape[0], (thin.shape[1] // WIDTH + 1) * WIDTH)
+def _widened(thin: Tensor, columns: int) -> Tensor:
+    """(d, r) → (d, width), zeros beyond r, with a width that has room for ``columns``."""
+    wide = thin.new_zeros(thin.shape[0], -(-columns // WIDTH) * WIDTH)
     wide[:, : thin.shape[1]] = thin
     return wide
 

@@ -19,8 +19,6 @@ from dora_cli.errors import UserError
 class MoraComponentsLayer(LowRankLayer):
     """``a`` is V (r, r̂), ``b`` is U (r̂, r), both inside the square; cᵢ = 0 closes component i."""
 
-    is_plain_pair = False
-
     @property
     def side(self) -> int:
         return self.a.shape[1]

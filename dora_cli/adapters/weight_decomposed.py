@@ -20,7 +20,6 @@ class WeightDecomposedLayer(LoraLayer):
     """
 
     removable = False
-    is_plain_pair = False
     squares: Tensor
     no_decay = frozenset({"magnitude"})
 

@@ -62,7 +62,7 @@ def tokenize(
     pads = {name: pad for name, pad in pads.items() if name in tokenizer.model_input_names}
     job = _Job(texts, pairs, tokenizer, _rust(tokenizer), max_length, _empty_row(tokenizer, pads))
     characters = sum(map(len, texts)) + sum(map(len, pairs or ()))
-    worth = characters >= CACHED_FROM and job.rust is not None
+    worth = characters >= CACHED_FROM and job.is_known
     tokens = cached(cache if worth else None, job.key, job.tokens)
     return Encoded(
         ragged={name: tokens[name] for name in pads},
@@ -126,6 +126,14 @@ class _Job:
             "offsets": torch.tensor([0, *lengths]).cumsum(0),
             "truncated": torch.tensor([truncated]),
         }
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all that the tokenizer does can be put into a key: no part of it is written in Python."""
+        try:
+            return self.rust is not None and bool(self.rust.to_str())
+        except Exception:  # what the Rust library raises has no class of its own
+            return False
 
     def key(self) -> str:
         """A digest of everything here, and of the versions of what does the work."""

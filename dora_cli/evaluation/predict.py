@@ -10,7 +10,7 @@ from dora_cli.data.batching import batches, sequential_batches
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.tasks.base import Task
 from dora_cli.evaluation.metrics import build_metrics
-from dora_cli.modes import evaluating
+from dora_cli.modes import autocast, evaluating
 
 
 @dataclass
@@ -50,8 +50,7 @@ def evaluate(
     rows = 0
     predicted: list[Tensor] = []
     expected: list[Tensor] = []
-    autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
-    with evaluating(model), torch.no_grad(), autocast:
+    with evaluating(model), torch.no_grad(), autocast(device, autocast_dtype):
         for batch in batches(encoded, plan, pin=device.type == "cuda"):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             total, n, outputs = task.loss(model, batch)

@@ -100,10 +100,10 @@ def estimate(session: Session) -> MemoryEstimate:
     live = _Live(session.device)
     train, evaluation = _largest(session, ["train"]), _largest(session, [r for r in session.encoded if r != "train"])
     try:
+        twin = _twin(session.model)  # before tensors are fake: importances that watch layers are copied along
         with _untouched(session.model), _fake_tensors() as fake, live:
             # Counted apart. Layers read them as they are, since some ask for their exact type, and get these instead.
             live.leave_out([fake.from_tensor(t) for t in weights])
-            twin = _twin(session.model)
             optimizer = _train(session, twin, train)
             in_training = live.peak
             if evaluation["input_ids"].numel() > train["input_ids"].numel():  # without a graph less is never more

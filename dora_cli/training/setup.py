@@ -1,4 +1,4 @@
-"""From a composed configuration to everything the loop needs. Nothing is written here."""
+"""From a composed configuration to everything the loop needs. Nothing is written here but the cache of tokens."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -240,10 +240,16 @@ def _checkpoint_activations(model: Any) -> None:
 
 
 def _lower(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold what does not train in the type that it is multiplied in, at half the memory; what trains keeps float32."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    """Hold what does not train in the type that it is multiplied in, at half the memory; what trains keeps float32.
+
+    A module of which anything trains is left alone: a layer norm takes no weight and bias of two types.
+    """
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if not any(p.requires_grad for p in own):
+            for parameter in own:
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
 
 
 def _probe(

@@ -94,15 +94,18 @@ def test_siblings_share_the_work_but_never_a_stale_input() -> None:
     masks = Masks(0.5, 1)
     masks.move(1, 0)
     x = torch.ones(64, 64)
-    first = masks.drop(x, "g")
-    assert masks.drop(x, "g") is first
-    other = masks.drop(torch.full((64, 64), 2.0), "g")
+    first = masks.drop(x, "l.k|q")
+    assert masks.drop(x, "l.k|q") is first
+    other = masks.drop(torch.full((64, 64), 2.0), "l.k|q")
     assert torch.equal(other.values, 2 * first.values)
-    again = masks.drop(x, "g")
+    again = masks.drop(x, "l.k|q")
     x.mul_(3)
-    assert torch.equal(masks.drop(x, "g").values, 3 * again.values)
+    assert torch.equal(masks.drop(x, "l.k|q").values, 3 * again.values)
     masks.move(2, 0)
-    assert not torch.equal(masks.drop(x, "g").mask, first.mask)
+    assert not torch.equal(masks.drop(x, "l.k|q").mask, first.mask)
+    alone = masks.drop(x, "l.o")
+    assert masks.drop(x, "l.o") is not alone  # nothing is held for a module without siblings
+    assert torch.equal(masks.drop(x, "l.o").values, alone.values)
 
 
 def test_layers_drop_in_training_alone_and_by_torch_where_no_masks_are_attached() -> None:

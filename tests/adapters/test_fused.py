@@ -14,7 +14,7 @@ from dora_cli.adapters.components import Components
 from dora_cli.adapters.dropout import attach
 from dora_cli.adapters.fused import can_fuse
 from dora_cli.adapters.gated import Gated
-from dora_cli.adapters.lora import Lora
+from dora_cli.adapters.lora import Lora, LoraLayer
 
 D_IN, D_OUT = 24, 40
 
@@ -173,8 +173,33 @@ def test_recomputed_activations_give_the_same_gradients(dropout: float) -> None:
 
 
 class Doubled(nn.Linear):
+    """Twice a linear layer, whatever it is called."""
+
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
+
+
+def test_later_modules_may_write_into_its_output() -> None:
+    layer = made(Components(), 5)
+    x = torch.randn(2, 3, D_IN, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    expected = torch.autograd.grad((layer(x) / 2).relu().sum(), layer.a)[0]
+    y /= 2
+    assert torch.allclose(torch.autograd.grad(nn.functional.relu_(y).sum(), layer.a)[0], expected)
+
+
+class Slower(LoraLayer):
+    """An update of its own."""
+
+    def update(self, x: Tensor) -> Tensor:
+        return 3 * super().update(x)
+
+
+def test_a_layer_with_an_update_of_its_own_is_heard() -> None:
+    base = nn.Linear(D_IN, D_OUT).requires_grad_(False)
+    a, b = torch.randn(4, D_IN), torch.randn(D_OUT, 4)
+    layer, x = Slower(base, a, b, None, 1.0, 0.0), torch.randn(5, D_IN)
+    assert torch.allclose(layer(x), base(x) + 3 * x @ layer.delta_weight().T, atol=1e-3)
 
 
 def test_it_stands_back_where_the_base_is_more_than_a_frozen_linear_layer() -> None:
@@ -193,6 +218,11 @@ def test_it_stands_back_where_the_base_is_more_than_a_frozen_linear_layer() -> N
     watched.register_forward_hook(lambda *_: None)
     patched.forward = lambda x: x  # type: ignore[method-assign]
     assert not can_fuse(watched, x, a)
+    Doubled.__name__ = "Linear"
+    assert not can_fuse(Doubled(D_IN, D_OUT).requires_grad_(False), x, a)
+    listened = frozen()
+    listened.register_full_backward_pre_hook(lambda *_: None)
+    assert not can_fuse(listened, x, a)
     assert not can_fuse(patched, x, a)
 
 

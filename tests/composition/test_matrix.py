@@ -59,9 +59,7 @@ def overrides(names: dict[str, str]) -> list[str]:
 
 def check_round_trip(trained: Any) -> None:
     if trained.session.layers:
-        assert (
-            trained.logits - trained.base_logits()
-        ).abs().max() > 1e-5  # more than rounding to bring back
+        assert (trained.logits - trained.base_logits()).abs().max() > 5e-5  # more than rounding to bring back
     fresh = trained.fresh_model()
     apply_adapter(fresh, read_adapter(trained.out))
     assert torch.allclose(trained.logits_of(fresh), trained.logits, atol=1e-5)

@@ -49,7 +49,7 @@ def test_ranks_move_and_the_result_reloads_merges_and_keeps_its_record(dora_trai
         assert loss == pytest.approx(summary["metrics"]["validation"]["loss"], abs=1e-5)
 
 
-def test_the_probe_sees_one_batch_of_validation_rows_in_eval_mode_and_full_precision(
+def test_the_probe_sees_one_batch_of_validation_rows_in_eval_mode_and_the_runs_precision(
     model_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     from dora_cli.cli.parts import load_parts
@@ -77,7 +77,7 @@ def test_the_probe_sees_one_batch_of_validation_rows_in_eval_mode_and_full_preci
     rows = session.encoded["validation"]
     first = rows.batch(range(8))["input_ids"]
     for training, dtype, batch in seen:
-        assert not training and dtype is torch.float32 and torch.equal(batch, first)
+        assert not training and dtype is torch.bfloat16 and torch.equal(batch, first)
 
 
 @pytest.mark.parametrize(

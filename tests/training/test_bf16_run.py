@@ -49,10 +49,10 @@ def test_the_frozen_base_is_held_in_bfloat16_and_what_trains_in_float32(
     assert all(p.dtype == (torch.float32 if id(p) in trained else torch.bfloat16) for p in model.parameters())
 
 
-@pytest.mark.parametrize("words", [["method=alora"], ["method=eva"], ["method=full"]])
+@pytest.mark.parametrize("words", [["method=alora"], ["method=eva"], ["method=bitfit"], ["method=full"]])
 def test_what_runs_the_model_beside_the_loop_runs_it_alike(words: list[str], dora_train: Train, tmp_path: Path) -> None:
-    """ALoRA's probe, EVA's passes; and full fine-tuning, where nothing is frozen."""
-    budget = [] if words == ["method=full"] else ["budget=r1"]
+    """ALoRA's probe, EVA's passes; BitFit, where norms train in part; and full fine-tuning, where nothing is frozen."""
+    budget = [] if words[0] in ("method=full", "method=bitfit") else ["budget=r1"]
     assert dora_train(*words, *budget, "train.max_steps=10", "train.precision=bf16") == 0
     assert json.loads((tmp_path / "run/summary.json").read_text())["train"]["steps"] == 10
 

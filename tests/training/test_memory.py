@@ -49,7 +49,7 @@ def real_peak(session: Session) -> int:
         for _ in range(2):
             for _ in range(min(config.accumulation, 2)):
                 batch = {k: v.clone() for k, v in encoded.batch([longest] * config.batch_size).items()}
-                with memory._autocast(session):
+                with memory.autocast(session.device, session.autocast_dtype):
                     loss = session.task.loss(model, batch).total
                 (loss / config.batch_size).backward()
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
