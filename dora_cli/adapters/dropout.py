@@ -99,19 +99,20 @@ class Masks:
         return sequence[start : start + x.numel()].view(x.shape)
 
     def _sequence(self, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The first ``size`` entries or more, of 0 and 1 / (1 − p)."""
-        known = self._sequences.get((device, dtype))
-        if known is not None and len(known) >= size:
+        """The first ``size`` entries or more, of 0 and 1 / (1 − p); what is there already is not drawn again."""
+        known = self._sequences.get((device, dtype), torch.empty(0, device=device, dtype=dtype))
+        if len(known) >= size:
             return known
         scale = torch.tensor(1 / (1 - self.p), dtype=dtype)
-        blocks = []
-        for block in range(size // BLOCK):
+        sequence = torch.empty(size, device=device, dtype=dtype)
+        sequence[: len(known)] = known
+        for block in range(len(known) // BLOCK, size // BLOCK):
             digest = sha256(f"{self.seed} block {block}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:4]))
-            drawn = torch.rand(BLOCK, generator=generator) < 1 / scale.double()
-            blocks.append(drawn.to(device=device, dtype=dtype).mul_(scale.to(device)))
-        self._sequences[device, dtype] = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-        return self._sequences[device, dtype]
+            kept = torch.rand(BLOCK, generator=generator) < 1 / scale.double()
+            torch.mul(kept.to(device), scale.to(device), out=sequence[block * BLOCK : (block + 1) * BLOCK])
+        self._sequences[device, dtype] = sequence
+        return sequence
 
 
 def attach(layers: Mapping[str, object], p: float, seed: int, *, shared: bool) -> Masks | None:

@@ -6,7 +6,9 @@
 The floor is what a frozen base must do anyway: its forward pass and the backward pass through its activations, with no
 weight gradients. Every other variant takes a whole step: forward, backward, clipping, fused AdamW, and what its method
 adds. `dora` stands in the middle of its schedule with every rank still trained (revival on), its events falling as in a
-real run; `dora_pruned` after the final choice, at an average rank of 8; `dora_alloc` in its name times allocation.
+real run; `dora_pruned` after the final choice, at an average rank of 8. One step in ten has an event: it weighs in the
+column `allocation`, a mean, not in the medians. Where there is dropout, ours share one mask between modules
+that read the same input, as `dora-train` does; PEFT draws one for each.
 Frozen weights are shared between the variants, so that no one has the caches to itself. A round takes each variant
 once, in an order that rotates. `--memory` runs each variant in a process of its own and gives the growth of its peak
 resident memory over the model at rest (on CUDA the allocator's own peak).
@@ -82,33 +84,43 @@ class Hooks:
 Step = Callable[[], float]  # takes one training step; returns the seconds of it that went to allocation
 
 
-def build_base(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, int]:
-    """A frozen model with random weights in one of ``SHAPES``, or of the configuration in a folder; and its vocabulary.
+def config_of(name: str) -> Any:
+    """The configuration of one of ``SHAPES``, or the one in a folder."""
+    import transformers
 
-    Encoders classify a sequence, decoders predict the next token.
-    """
+    if name not in SHAPES:
+        return transformers.AutoConfig.from_pretrained(name)
+    shape = SHAPES[name]
+    sizes = {
+        "hidden_size": shape["width"],
+        "intermediate_size": shape["inner"],
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"],
+        "vocab_size": shape["vocabulary"],
+    }
+    if shape["type"] == "llama":
+        sizes["num_key_value_heads"] = 8
+    config = transformers.AutoConfig.for_model(shape["type"], **sizes)
+    # No dropout of the base's own: it would weigh on every variant alike and blur the ratios.
+    for dropout in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"):
+        setattr(config, dropout, 0.0)
+    return config
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether it predicts the next token here; encoders, which can fill in masked ones, classify a sequence."""
+    import transformers
+
+    return type(config) not in transformers.AutoModelForMaskedLM._model_mapping
+
+
+def build_base(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, int]:
+    """A frozen model with random weights, and the size of its vocabulary."""
     import transformers
 
     torch.manual_seed(0)
-    if name in SHAPES:
-        shape = SHAPES[name]
-        sizes = {
-            "hidden_size": shape["width"],
-            "intermediate_size": shape["inner"],
-            "num_hidden_layers": shape["layers"],
-            "num_attention_heads": shape["heads"],
-            "vocab_size": shape["vocabulary"],
-        }
-        if shape["type"] == "llama":
-            sizes["num_key_value_heads"] = 8
-        config = transformers.AutoConfig.for_model(shape["type"], **sizes)
-        # No dropout of the base's own: it would weigh on every variant alike and blur the ratios.
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"):
-            setattr(config, name, 0.0)
-    else:
-        config = transformers.AutoConfig.from_pretrained(name)
-    decoder = not getattr(config, "type_vocab_size", 0)
-    auto = transformers.AutoModelForCausalLM if decoder else transformers.AutoModelForSequenceClassification
+    config = config_of(name)
+    auto = transformers.AutoModelForCausalLM if is_decoder(config) else transformers.AutoModelForSequenceClassification
     with torch.device(device):
         model = auto.from_config(config, dtype=dtype)
     return model.requires_grad_(False), config.vocab_size
@@ -163,18 +175,25 @@ def make(variant: str, base: nn.Module, batch: dict[str, torch.Tensor], options:
 
 
 def floor_step(model: Any, batch: dict[str, torch.Tensor], options: argparse.Namespace) -> Step:
-    """Forward, and backward to the embeddings' output, without any weight gradient."""
+    """Forward, and backward to the outputs of the first layers that an adapter would adapt, without weight gradients.
+
+    Compiled, where such a hook would cut the graph, back to the embeddings' output: a little more.
+    """
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    embed = model.get_input_embeddings()
-    rest = {k: v for k, v in batch.items() if k != "input_ids"}
+    inputs = dict(batch)
+    if options.compile:
+        embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
+        inputs["inputs_embeds"] = embedded.detach().requires_grad_(True)
+    else:
+        for name in find_targets(model, options.targets, exclude=[]):
+            model.get_submodule(name).register_forward_hook(lambda module, args, out: out.requires_grad_())
     forward = torch.compile(model) if options.compile else model
 
     def step() -> float:
-        inputs = embed(batch["input_ids"]).detach().requires_grad_(True)
         with autocast(options):
-            loss = forward(inputs_embeds=inputs, **rest).loss
+            loss = forward(**inputs).loss
         loss.backward()
         return 0.0
 
@@ -238,7 +257,7 @@ def autocast(options: argparse.Namespace) -> Any:
 def random_batch(vocabulary: int, options: argparse.Namespace) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, vocabulary, (options.batch, options.length), generator=generator)
-    decoder = options.model.startswith("llama")
+    decoder = is_decoder(config_of(options.model))
     labels = ids if decoder else torch.randint(0, 2, (options.batch,), generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     return {k: v.to(options.device) for k, v in batch.items()}
@@ -310,7 +329,7 @@ def in_own_process(variant: str, options: argparse.Namespace) -> float:
     for name in ("model", "batch", "length", "rank", "device", "precision", "weights"):
         arguments += [f"--{name}", str(getattr(options, name))]
     arguments += ["--targets", *options.targets] if options.targets else []
-    arguments += ["--checkpointing"] * options.checkpointing
+    arguments += ["--checkpointing"] * options.checkpointing + ["--compile"] * options.compile
     return float(subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 

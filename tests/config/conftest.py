@@ -16,6 +16,7 @@ class Lora:
     rank: int | None = field(default=None, metadata={"low": 1})
     alpha: float | None = None
     dropout: float = field(default=0.0, metadata={"low": 0.0, "below": 1.0})
+    shared_dropout: bool = True
     targets: Any = None
     init_from: str | None = None
 

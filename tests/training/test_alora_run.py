@@ -82,7 +82,13 @@ def test_the_probe_sees_one_batch_of_validation_rows_in_eval_mode_and_the_runs_p
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["importance=gradient"], ["adapter=components", "importance.only_term=false", "budget=700", "allocator.n=2"]],
+    [
+        [],
+        pytest.param(["importance=gradient"], marks=pytest.mark.slow),
+        pytest.param(
+            ["adapter=components", "importance.only_term=false", "budget=700", "allocator.n=2"], marks=pytest.mark.slow
+        ),
+    ],
     ids=" ".join,
 )
 def test_resuming_between_two_rounds_gives_the_same_bits(

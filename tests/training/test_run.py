@@ -315,7 +315,7 @@ def test_eval_refuses_a_base_that_does_not_fit(
     assert "did you mean 'split'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("budget", ["r1", "600"])
+@pytest.mark.parametrize("budget", [pytest.param("r1", marks=pytest.mark.slow), "600"])
 def test_alora_stays_on_budget_however_small_it_is(budget: str, dora_train: Train, tmp_path: Path) -> None:
     assert dora_train("method=alora", f"budget={budget}", "train.epochs=8") == 0
     summary = summary_of(tmp_path / "run")
