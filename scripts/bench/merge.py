@@ -11,7 +11,6 @@ larger one. Each round copies with `cp -r`, then merges in a process of its own,
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from setting import machine, versions
 
 from dora_cli.checkpoints.adapter_format import LowRank, write_adapter
 from dora_cli.checkpoints.safetensors_io import write_header
@@ -146,10 +146,10 @@ def main() -> None:
                 f"{result['target_seconds']:5.2f} s {result['peak_mib']:5.0f} MiB",
                 flush=True,
             )
-    machine = {"processor": platform.processor() or platform.machine(), "cores": torch.get_num_threads()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "versions": versions, "results": results}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"machine": machine(), "versions": versions("torch"), "results": results}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import re
 import statistics
@@ -34,11 +33,12 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 # Nothing heavy is imported here: the kernel counts the parent's memory into a child's peak.
+from setting import machine, versions
+
 from dora_cli.models.names import resolve_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -295,7 +295,7 @@ def record(results: dict[str, dict[str, list[Run]]], options: argparse.Namespace
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "json"}
     return {
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(*PACKAGES),
         "settings": settings,
         "results": {
             dropout: {
@@ -309,15 +309,6 @@ def record(results: dict[str, dict[str, list[Run]]], options: argparse.Namespace
             for dropout, sides in results.items()
         },
     }
-
-
-def machine() -> dict[str, Any]:
-    """The kind of machine: processor, cores this process may use, and what bounds the threads."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = found[1] if found else platform.processor() or platform.machine()
-    return {"processor": name, "cores": cores, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

@@ -15,11 +15,11 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import step
 import torch
+from setting import add_model_options
 
 VARIANTS = ("floor", "peft_lora", "lora", "dora", "dora_pruned")
 HEAD = 32  # width of an attention head
@@ -101,12 +101,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=step.RANK)
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="autocast of the forward pass")
-    parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16"), help="type of the frozen base")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    add_model_options(parser, "cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(words)
     if options.points and len(options.axes) > 1:
         parser.error("--points are those of one axis: name it with --axes")
@@ -123,7 +118,7 @@ def main() -> None:
     results = {axis: measure_axis(axis, options.points or AXES[axis], options) for axis in options.axes}
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k not in ("json", "dtype", "current_dropout")}
-        record = {**step.machine(options), "settings": settings, "results": results}
+        record = {**step.described(options), "settings": settings, "results": results}
         options.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 

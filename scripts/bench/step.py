@@ -18,7 +18,6 @@ import argparse
 import copy
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from setting import PACKAGES, add_model_options, machine, versions
 from torch import nn
 
 from dora_cli.adapters.components import Components
@@ -355,13 +355,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="autocast of the forward pass")
-    parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16"), help="type of the frozen base")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    add_model_options(parser, "cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory", action="store_true", help="measure each variant's peak in a process of its own")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--peak-of", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.dtype = getattr(torch, options.weights)
@@ -386,19 +381,15 @@ def main() -> None:
         report(results[str(dropout)])
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k not in ("json", "peak_of", "dtype", "current_dropout")}
-        options.json.write_text(json.dumps({**machine(options), "settings": settings, "results": results}, indent=1))
+        options.json.write_text(json.dumps({**described(options), "settings": settings, "results": results}, indent=1))
 
 
-def machine(options: argparse.Namespace) -> dict[str, Any]:
+def described(options: argparse.Namespace) -> dict[str, Any]:
     """Versions and the kind of machine, for the record."""
-    import peft
-    import transformers
-
-    processor = platform.processor() or platform.machine()
-    kind = torch.cuda.get_device_name() if options.device == "cuda" else processor
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"transformers": transformers.__version__, "peft": peft.__version__}
-    return {"machine": {"device": kind, "threads": torch.get_num_threads()}, "versions": versions}
+    found = {**machine(), "threads": torch.get_num_threads()}
+    if options.device == "cuda":
+        found["device"] = torch.cuda.get_device_name()
+    return {"machine": found, "versions": versions(*PACKAGES)}
 
 
 if __name__ == "__main__":

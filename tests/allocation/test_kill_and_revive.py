@@ -353,7 +353,6 @@ def test_a_probe_needs_modules_that_contribute() -> None:
         KillAndRevive(choice="probe", killed="drop")
 
 
-# ---- traffic -----------------------------------------------------------------------------------------------------
 def test_what_would_be_sent_is_counted_module_by_module(stack: Any) -> None:
     """With hooks on the layers that are on: d_in in and d_out out a token, and as much for the gradients."""
     model, layers = stack(n=8, width=16, rank=2, part=Lora())
@@ -373,7 +372,6 @@ def test_what_would_be_sent_is_counted_module_by_module(stack: Any) -> None:
     assert event["alive"] == 1
 
 
-# ---- state -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("at", [17, 19, 20, 23])
 @pytest.mark.parametrize("options", [{}, {"killed": "drop"}, {"state": "keep", "choice": "probe"}], ids=str)
 def test_a_restored_allocation_goes_on_alike(stack: Any, at: int, options: Any) -> None:
