@@ -8,7 +8,7 @@ Symbols: ``a`` (r, d_in) right factors, ``b`` (d_out, r) left factors, ``c`` (r,
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -227,6 +227,11 @@ class LowRankLayer(AdapterLayer):
     unit_axes: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1, "c": 0}
     valve = "c"
     no_decay = frozenset({"c"})
+    _sums_components: ClassVar[bool] = True  # updates by ``operands()`` alone
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._sums_components = cls.update is LowRankLayer.update and cls.updated is LowRankLayer.updated
 
     def __init__(self, base: nn.Module, a: Tensor, b: Tensor, c: Tensor | None, scale: float, dropout: float) -> None:
         super().__init__(base)
@@ -248,17 +253,18 @@ class LowRankLayer(AdapterLayer):
         return self.c if "c" in self.unit_axes else torch.ones_like(self.a[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = type(self)
-        plain = kind.update is LowRankLayer.update and kind.updated is LowRankLayer.updated
-        if not plain or not self.active or self.rank == 0 or not can_fuse(self.base_layer, x, self.a):
+        base: nn.Module = self.base_layer
+        dropping = self.training and self.dropout > 0
+        if (dropping and self.masks is None) or not self._sums_components or not self.active:
             return super().forward(x)
-        weight = self.weight.T if self.transposed else self.weight
-        if not self.training or self.dropout == 0:
-            return low_rank_linear(x, weight, self.bias, *self.operands())
-        if self.masks is None:
+        if not can_fuse(base, x, self.a) or self.rank == 0:
             return super().forward(x)
+        weight = base.weight.T if self.transposed else base.weight
+        if not dropping:
+            return low_rank_linear(x, weight, base.bias, *self.operands())  # type: ignore[arg-type]
+        assert self.masks is not None
         dropped, mask = self.masks.drop(x, self.mask_group, compute_type(x))
-        return low_rank_linear(x, weight, self.bias, *self.operands(), dropped, mask)
+        return low_rank_linear(x, weight, base.bias, *self.operands(), dropped, mask)  # type: ignore[arg-type]
 
     def updated(self, x: Tensor, out: Tensor) -> Tensor:
         if self.rank == 0:

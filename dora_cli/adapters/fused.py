@@ -1,12 +1,13 @@
 """A frozen linear layer and its low-rank update as one node of the graph, in as few passes over memory as can be.
 
-y = x Wᵀ + bias + ((x ∘ m) Aᵀ ∘ f) Bᵀ with m the dropout mask and f the factor of each component. Written out in plain
-operations this copies y and the gradient of x once more each. Here the thin products come first, take the bias along,
-and the base's own product is accumulated onto them, so that the update costs no pass over y or x's gradient of its own.
-Between forward and backward only the adapter's input and the r-wide hidden activations are kept.
+y = x Wᵀ + bias + ((x ∘ m) Aᵀ) (B diag(f))ᵀ with m the dropout mask and f the factor of each component. Written out in
+plain operations this copies y and the gradient of x once more each. Here the thin product comes first and takes the
+bias along, and the base's own product is accumulated onto it, so that the update costs no pass over y or x's gradient
+of its own. Between forward and backward only the adapter's input and what is r wide are kept.
 
-Thin matrices are laid out with ``WIDTH`` columns or a multiple of it: a CPU's library multiplies by 16 columns faster
-than by 7 (``scripts/bench/step.py``), and modules may have any rank after pruning.
+Thin matrices are laid out with ``WIDTH`` columns or a multiple of it, and as the products of both directions read them
+best: a CPU's library multiplies by 16 columns faster than by 7 (``scripts/bench/step.py``), and modules may have any
+rank after pruning.
 """
 
 from typing import Any
@@ -30,15 +31,15 @@ def can_fuse(base: nn.Module, x: Tensor, a: Tensor) -> bool:
 
     A compiler sees more than one node at a time, and is left the plain operations.
     """
-    conv1d = type(base).__name__ == "Conv1D" and type(base).__module__.startswith("transformers.")
-    if torch.compiler.is_compiling() or not (type(base) is nn.Linear or conv1d):
+    kind = type(base)
+    if kind is not nn.Linear and not (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")):
         return False
-    weight, bias = base.weight, base.bias
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # without nn.Module's slow lookup
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
-    if any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)):
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return False
-    if "forward" in base.__dict__:
+    if torch.compiler.is_compiling() or "forward" in base.__dict__:
         return False
     if torch.is_autocast_enabled(x.device.type):
         return weight.is_floating_point()
@@ -66,9 +67,14 @@ def low_rank_linear(
         mask: m, as ``dropped`` was made with it.
     """
     dtype = compute_type(x)
-    casts = [t.to(dtype) if isinstance(t, Tensor) else t for t in (x, a, b, factor)]
-    out: Tensor = _LowRankLinear.apply(*casts, weight, bias, dropped, mask)
-    return out.view(*x.shape[:-1], out.shape[-1])  # not in the node: autograd lets nobody write into a view made there
+    if isinstance(factor, Tensor):
+        factor = _cast(factor, dtype)
+    shape = x.shape
+    out: Tensor = _LowRankLinear.apply(
+        _cast(x, dtype), _cast(a, dtype), _cast(b, dtype), factor, weight, bias, dropped, mask
+    )
+    # Not in the node: autograd lets nobody write into a view made there.
+    return out if len(shape) == 2 else out.view(*shape[:-1], out.shape[1])
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -84,52 +90,43 @@ class _LowRankLinear(torch.autograd.Function):
         dropped: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
-        r, d_out = a.shape[0], weight.shape[0]
-        rows = x.reshape(-1, x.shape[-1])  # (n, d_in)
+        rows = x.reshape(-1, x.shape[-1])
         inputs = rows if dropped is None else dropped.reshape(rows.shape)
-        left = b.new_empty(r + (bias is not None), d_out)
-        hidden = inputs @ _widened(a.t(), len(left))  # (n, width), zeros beyond r
-        torch.mul(b.t(), _column(factor), out=left[:r])
-        if bias is not None:  # one more component, always 1
-            hidden[:, r] = 1
-            left[r] = bias
-        y = hidden[:, : len(left)] @ left
-        y.addmm_(rows, weight.t().to(x.dtype))
-        ctx.save_for_backward(inputs, a, b, hidden, weight, *([factor] if isinstance(factor, Tensor) else []))
-        ctx.factor, ctx.mask, ctx.shape = factor, mask, x.shape
+        right, left = _widened(a, 0), _widened(b * factor, 1)  # (width, d_in), (d_out, width)
+        hidden = inputs.mm(right.t())  # (n, width)
+        y = hidden.mm(left.t()) if bias is None else torch.addmm(_cast(bias, x.dtype), hidden, left.t())
+        y.addmm_(rows, _cast(weight, x.dtype).t())
+        ctx.save_for_backward(inputs, hidden, right, left, weight, b, *([factor] if isinstance(factor, Tensor) else []))
+        ctx.factor, ctx.mask, ctx.shape, ctx.r = factor, mask, x.shape, a.shape[0]
         return y  # (n, d_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, a, b, hidden, weight, *gates = ctx.saved_tensors
-        factor = gates[0] if gates else ctx.factor
+        inputs, hidden, right, left, weight, b, *gates = ctx.saved_tensors
         need_x, need_a, need_b, need_factor = ctx.needs_input_grad[:4]
-        r = a.shape[0]
-        g = grad  # (n, d_out)
         grad_x = grad_a = grad_b = grad_factor = None
         if need_b or need_factor:
-            product = (hidden.t().contiguous() @ g)[:r]  # (r, d_out), of B diag(f)
-            grad_factor = (product * b.t()).sum(1) if need_factor else None
-            grad_b = product.mul_(_column(factor)).t().contiguous() if need_b else None
+            product = grad.t().mm(hidden)[:, : ctx.r]  # (d_out, r), of B diag(f)
+            grad_factor = (product * b).sum(0) if need_factor else None
+            grad_b = product * (gates[0] if gates else ctx.factor) if need_b else None
         if need_a or need_x:
-            back = g @ _widened(b * factor, r)  # (n, width)
+            back = grad.mm(left)  # (n, width)
         if need_a:
-            grad_a = (back.t().contiguous() @ inputs)[:r]
+            grad_a = inputs.t().mm(back).t()[: ctx.r]
         if need_x:
-            grad_x = back[:, :r] @ a
+            grad_x = back.mm(right)
             if ctx.mask is not None:
                 grad_x.mul_(ctx.mask.reshape(grad_x.shape))
-            grad_x = grad_x.addmm_(g, weight.to(g.dtype)).view(ctx.shape)
+            grad_x = grad_x.addmm_(grad, _cast(weight, grad.dtype)).view(ctx.shape)
         return grad_x, grad_a, grad_b, grad_factor, None, None, None, None
 
 
-def _widened(thin: Tensor, columns: int) -> Tensor:
-    """(d, r) → (d, width), zeros beyond r, with a width that has room for ``columns``."""
-    wide = thin.new_zeros(thin.shape[0], -(-columns // WIDTH) * WIDTH)
-    wide[:, : thin.shape[1]] = thin
-    return wide
+def _widened(thin: Tensor, dim: int) -> Tensor:
+    """``thin`` with zeros after it along ``dim``, up to a multiple of ``WIDTH``."""
+    missing = -thin.shape[dim] % WIDTH
+    return torch.constant_pad_nd(thin, (0, missing) if dim else (0, 0, 0, missing)) if missing else thin
 
 
-def _column(factor: Factor) -> Factor:
-    return factor[:, None] if isinstance(factor, Tensor) else factor
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

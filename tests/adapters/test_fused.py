@@ -130,16 +130,19 @@ def kept_bytes(run: Any, *layers: nn.Module) -> int:
     return sum(storages.values())
 
 
+THIN = 16 * (D_IN + D_OUT) + 7  # the factors of 7 components in 16 columns, and what each is multiplied by
+
+
 def test_only_the_input_and_the_hidden_activations_are_kept() -> None:
     layer = made(Components(), 7)
     x = torch.randn(100, D_IN, dtype=torch.float64, requires_grad=True)
-    assert kept_bytes(lambda: layer(x), layer) == 100 * (D_IN + 16) * 8 + 7 * 8  # 7 columns lie in 16; the factor
+    assert kept_bytes(lambda: layer(x), layer) == (100 * (D_IN + 16) + THIN) * 8
 
 
 def test_siblings_keep_one_dropped_input_between_them() -> None:
     layers = {name: made(Components(dropout=0.1), 7) for name in ("l.q", "l.k", "l.v")}
     x = torch.randn(100, D_IN, dtype=torch.float64, requires_grad=True)
-    hidden = 3 * (100 * 16 * 8 + 7 * 8)
+    hidden = 3 * (100 * 16 + THIN) * 8
     for shared, copies in ((True, 1), (False, 3)):
         attach(layers, 0.1, seed=1, shared=shared)
         kept = kept_bytes(lambda: sum(layer(x) for layer in layers.values()), *layers.values())
