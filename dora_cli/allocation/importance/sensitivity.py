@@ -1,13 +1,22 @@
 """AdaLoRA's importance (Zhang et al.): smoothed sensitivity times its smoothed uncertainty, per element."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dora_cli.allocation.importance.base import Importance, Probe
-from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.table import Group, UnitTable
+
+
+class Stack(NamedTuple):
+    """The state of one parameter of all layers of a group, (m, …)."""
+
+    group: Group
+    name: str
+    mean: Tensor
+    spread: Tensor
 
 
 @dataclass
@@ -34,31 +43,48 @@ class Sensitivity(Importance):
             for name in layer.unit_axes:
                 self.mean[m, name] = torch.zeros_like(getattr(layer, name), requires_grad=False)
                 self.spread[m, name] = torch.zeros_like(self.mean[m, name])
+        self._stacks: list[Stack] = []
+        self._stacked_at = -1  # the table's version that the stacks belong to
         table.listeners.append(self._resized)
 
     def update(self, table: UnitTable, step: int) -> None:
-        keys = [k for k in self.mean if getattr(table.layers[k[0]], k[1]).grad is not None]
-        keys = [k for k in keys if self.mean[k].numel()]
-        if not keys:
-            return
-        parameters = [getattr(table.layers[m], name) for m, name in keys]
-        means, spreads = [self.mean[k] for k in keys], [self.spread[k] for k in keys]
-        with torch.no_grad():
-            now = torch._foreach_mul([p.detach() for p in parameters], [p.grad for p in parameters])
-            torch._foreach_abs_(now)
-            torch._foreach_lerp_(means, now, 1 - self.beta)
-            torch._foreach_sub_(now, means)
-            torch._foreach_abs_(now)
-            torch._foreach_lerp_(spreads, now, 1 - self.beta_uncertainty)
+        for stack in self._stacked(table):
+            gradients = [p.grad for p in stack.group.parameters(stack.name)]
+            held = [i for i, gradient in enumerate(gradients) if gradient is not None]
+            if not held:
+                continue
+            now = torch.stack([g for g in gradients if g is not None])
+            # An index would copy: only where some are frozen.
+            rows = slice(None) if len(held) == len(gradients) else torch.tensor(held, device=now.device)
+            mean, spread = stack.mean[rows], stack.spread[rows]
+            now.mul_(stack.group.stack(stack.name)[rows]).abs_()
+            mean.lerp_(now, 1 - self.beta)
+            now.sub_(mean).abs_()
+            spread.lerp_(now, 1 - self.beta_uncertainty)
+            if len(held) < len(gradients):
+                stack.mean[rows], stack.spread[rows] = mean, spread
 
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
-        scores = torch.zeros(len(table))
-        for m, layer in enumerate(table.layers):
-            for name, axis in layer.unit_axes.items():
-                sigma = self.mean[m, name] * self.spread[m, name]
-                per_unit = sigma if sigma.dim() == 1 else sigma.mean(dim=1 - axis)
-                scores[table.rows[m]] += per_unit.cpu().float()
-        return scores
+        device = next(table.layers[0].parameters()).device if table.layers else torch.device("cpu")
+        scores = torch.zeros(len(table), device=device)
+        for stack in self._stacked(table):
+            sigma = stack.mean * stack.spread  # (m, …), of which the last two axes are the units and the entries
+            axis = stack.group.layers[0].unit_axes[stack.name]
+            scores[stack.group.index] += (sigma if sigma.dim() == 2 else sigma.mean(dim=2 - axis)).float()
+        return scores.cpu()
+
+    def _stacked(self, table: UnitTable) -> list[Stack]:
+        """The state of parameters of one shape in one tensor each, of which ``mean`` and ``spread`` are views."""
+        if self._stacked_at != table.version:
+            self._stacks, self._stacked_at = [], table.version
+            for group in table.groups():
+                for name in group.layers[0].unit_axes:
+                    keys = [(m, name) for m in group.modules]
+                    mean, spread = (torch.stack([state[k] for k in keys]) for state in (self.mean, self.spread))
+                    self.mean.update(zip(keys, mean, strict=True))
+                    self.spread.update(zip(keys, spread, strict=True))
+                    self._stacks.append(Stack(group, name, mean, spread))
+        return self._stacks
 
     def _resized(self, module: int, keep: Tensor, n_new: int) -> None:
         for name, axis in self._table.layers[module].unit_axes.items():
@@ -77,3 +103,4 @@ class Sensitivity(Importance):
             device = self.mean[m, name].device
             self.mean[m, name] = state[f"mean.{m}.{name}"].to(device, copy=True)
             self.spread[m, name] = state[f"spread.{m}.{name}"].to(device, copy=True)
+        self._stacked_at = -1

@@ -29,21 +29,21 @@ class Orthogonal(Regularizer):
     def after_backward(self, table: UnitTable) -> None:
         gaps = list(self._gaps(table))
         n_matrices = sum(len(gap) for *_, gap in gaps)
-        for parameters, name, p, gap in gaps:  # p: (m, d, r), gap: (m, r, r)
-            if self.squared:
-                direction, scale = p @ gap, 4.0 * self.weight
-            else:
-                direction = p @ (gap / gap.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None])
-                scale = 2.0 * self.weight / n_matrices
-            add_to_gradients(parameters, direction if name == "b" else direction.mT, scale)
+        for parameters, name, values, gap in gaps:
+            scale = 4.0 * self.weight if self.squared else 2.0 * self.weight / n_matrices
+            if not self.squared:
+                gap = gap / torch.linalg.vector_norm(gap, dim=(1, 2), keepdim=True).clamp_min(1e-12)
+            # The gap is symmetric: Q's gradient in Q's own layout is gap · Q.
+            add_to_gradients(parameters, values @ gap if name == "b" else gap @ values, scale)
 
     def _gaps(self, table: UnitTable) -> Iterator[tuple[Sequence[nn.Parameter], str, Tensor, Tensor]]:
-        """(parameters, their name, P or Qᵀ (m, d, r), PᵀP − I (m, r, r)) for every group of matrices of one shape."""
+        """(parameters, their name, P (m, d_out, r) or Q (m, r, d_in), PᵀP − I or QQᵀ − I (m, r, r)), by shape."""
         for group in table.groups():
             for name in ("b", "a"):
-                p = group.stack(name) if name == "b" else group.stack(name).mT
-                eye = torch.eye(p.shape[-1], device=p.device, dtype=p.dtype)
+                values = group.stack(name)
+                eye = torch.eye(group.index.shape[1], device=values.device, dtype=values.dtype)
                 if group.kept is not None:  # a dropped unit is gone, also while its rows still wait to be removed
-                    p, eye = p * group.kept[:, None, :], eye * group.kept[:, :, None]
-                gap = p.mT @ p - eye
-                yield group.parameters(name), name, p, gap
+                    values = values * (group.kept[:, None, :] if name == "b" else group.kept[:, :, None])
+                    eye = eye * group.kept[:, :, None]
+                gap = (values.mT @ values if name == "b" else values @ values.mT) - eye
+                yield group.parameters(name), name, values, gap
