@@ -32,6 +32,7 @@ SIBLINGS = (
     {"wi_0", "wi_1"},
     {"w1", "w3"},
 )
+CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"}  # its query reads another input
 
 
 def groups_of(names: Iterable[str], *, shared: bool) -> dict[str, str]:
@@ -39,8 +40,10 @@ def groups_of(names: Iterable[str], *, shared: bool) -> dict[str, str]:
     groups = {}
     for name in names:
         parent, _, child = name.rpartition(".")
-        family = next((sorted(s) for s in SIBLINGS if child in s), None) if shared else None
-        groups[name] = name if family is None else f"{parent}.{MARK.join(family)}"
+        family = next((s for s in SIBLINGS if child in s), {child}) if shared else {child}
+        if CROSS_ATTENTION.intersection(parent.split(".")):
+            family = {child} if child.startswith("q") else {sibling for sibling in family if sibling[0] != "q"}
+        groups[name] = f"{parent}.{MARK.join(sorted(family))}" if len(family) > 1 else name
     return groups
 
 

@@ -1,12 +1,15 @@
 """What a run is going to do, said before it does it; ``dry_run=true`` stops here."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from dora_cli.adapters.base import AdapterLayer, linear_shape
 from dora_cli.training.memory import NoEstimate, estimate
 from dora_cli.training.optim import warmup_steps
 from dora_cli.training.setup import Session
+
+CPU_INFO = Path("/proc/cpuinfo")  # Linux
 
 Sections = dict[str, dict[str, str]]
 
@@ -139,9 +142,16 @@ def _notes(session: Session) -> list[str]:
             f"{_acting(allocation.allocator)} starts at step {early}, before the learning rate is warm "
             f"(step {warmup}): raise schedule.start, or lower train.warmup"
         )
+    if session.device.type == "cpu" and session.config.train.precision == "bf16" and not _has_bf16(CPU_INFO):
+        notes.append("this CPU has no bfloat16 units: train.precision=bf16 saves memory here, but is many times slower")
     if session.config.budget is not None and session.budget is None:
         notes.append(f"method={session.composed.method} has no budget: budget={session.config.budget} does not apply")
     return notes + _rank_notes(session)
+
+
+def _has_bf16(cpu_info: Path) -> bool:
+    """Whether the kernel's list of the CPU's features names some for bfloat16; where there is no list, yes."""
+    return not cpu_info.exists() or "bf16" in cpu_info.read_text(errors="replace")
 
 
 def _acting(allocator: Any) -> str:

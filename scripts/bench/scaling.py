@@ -8,7 +8,7 @@ is a ratio to the floor of the same point: what the frozen base must do anyway. 
 --model, --batch, --length and --rank with all linear layers adapted. A rank is the average at the end: `dora` starts at
 1.5 times it and is measured there, in the middle of its schedule; `dora_pruned` after the final choice. A width changes
 the feed-forward layer (4 times it) and the number of heads (of 32) along. The JSON file holds `machine`, `versions`,
-`settings`, and `results[AXIS][POINT][VARIANT]` as step.py's, with `ratio`.
+`settings`, and `results[AXIS][POINT][VARIANT]` as step.py's.
 """
 
 import argparse
@@ -69,25 +69,20 @@ SETTERS: dict[str, Callable[[argparse.Namespace, str], None]] = {
 
 
 def measure_axis(axis: str, points: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Point → variant → ``median`` seconds and ``ratio`` to that point's floor; prints a line as each is there."""
+    """Point → variant → seconds and ratios, as ``step.measure`` gives them; prints a line as each is there."""
     results = {}
     print(f"\n{axis:15}{'floor':>9}" + "".join(f"{variant:>12}" for variant in VARIANTS[1:]), flush=True)
     for point in points:
         here = copy.copy(options)
         SETTERS[axis](here, point)
-        results[point] = ratios(step.measure(here))
+        results[point] = step.measure(here)
         print(line(point, results[point]), flush=True)
     return results
 
 
-def ratios(measured: dict[str, Any]) -> dict[str, Any]:
-    floor = measured["floor"]["median"]
-    return {name: {**result, "ratio": result["median"] / floor} for name, result in measured.items()}
-
-
 def line(point: str, result: dict[str, Any]) -> str:
     return f"{point:15}{result['floor']['median'] * 1e3:6.1f} ms" + "".join(
-        f"{result[variant]['ratio']:12.3f}" for variant in VARIANTS[1:]
+        f"{result[variant]['ratios']['floor']:12.3f}" for variant in VARIANTS[1:]
     )
 
 

@@ -1,4 +1,4 @@
-"""One training step, ours and PEFT's, interleaved in one process: medians, and ratios to the floor.
+"""One training step, ours and PEFT's, interleaved in one process: medians, and ratios within rounds.
 
     python scripts/bench/step.py [--model SHAPE_OR_FOLDER] [--batch 16] [--length 64] [--dropout 0 0.1]
                                  [--variants …] [--rounds 15] [--device cpu] [--memory] [--json FILE]
@@ -7,11 +7,12 @@ The floor is what a frozen base must do anyway: its forward pass and the backwar
 weight gradients. Every other variant takes a whole step: forward, backward, clipping, fused AdamW, and what its method
 adds. `dora` stands in the middle of its schedule with every rank still trained (revival on), its events falling as in a
 real run; `dora_pruned` after the final choice, at an average rank of 8. One step in ten has an event: it weighs in the
-column `allocation`, a mean, not in the medians. Where there is dropout, ours share one mask between modules
+column `alloc.`, a mean, not in the medians. Where there is dropout, ours share one mask between modules
 that read the same input, as `dora-train` does; PEFT draws one for each.
 Frozen weights are shared between the variants, so that no one has the caches to itself. A round takes each variant
-once, in an order that rotates. `--memory` runs each variant in a process of its own and gives the growth of its peak
-resident memory over the model at rest (on CUDA the allocator's own peak).
+once, in an order that rotates; a ratio is the median of the rounds' own, so that a slow spell of the machine, longer
+than a round, weighs on both sides. `--memory` runs each variant in a process of its own and gives the growth of its
+peak resident memory over the model at rest (on CUDA the allocator's own peak).
 """
 
 import argparse
@@ -58,6 +59,7 @@ VARIANTS = (
     "floor", "full", "peft_lora", "lora", "dora", "dora_pruned", "peft_adalora", "adalora",
     "peft_weight_decomposed", "weight_decomposed",
 )  # fmt: skip
+BASELINES = {"floor": "/ floor", "peft_lora": "/ PEFT L", "peft_adalora": "/ PEFT A"}  # and their headings
 RANK = 8  # on average at the end; what shrinks starts at 1.5 times it
 TOTAL = 100_000  # steps of the schedule: rounds stay in the middle of it
 
@@ -108,7 +110,7 @@ def config_of(name: str) -> Any:
 
 
 def is_decoder(config: Any) -> bool:
-    """Whether it predicts the next token here; encoders, which can fill in masked ones, classify a sequence."""
+    """Whether it predicts the next token here; encoders classify a sequence."""
     import transformers
 
     return type(config) not in transformers.AutoModelForMaskedLM._model_mapping
@@ -236,7 +238,7 @@ def our_hooks(variant: str, model: nn.Module, targets: list[str], dropout: float
         total_steps=TOTAL,
         target=Target(rank * len(targets), by_cost=False),
     )
-    for layer in layers.values():  # gates that are open, as in the middle of a run
+    for layer in layers.values():  # gates that are open
         torch.nn.init.normal_(layer.c, std=0.02)
     if variant != "dora_pruned":
         return Hooks(masks, allocation.after_backward, allocation.after_step)
@@ -290,11 +292,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         name: {
             "seconds": seconds[name],
             "median": statistics.median(seconds[name]),
+            "ratios": {other: ratio(seconds[name], seconds[other]) for other in BASELINES if other in seconds},
             # A mean: an event every tenth step counts for a tenth.
             "allocation": statistics.mean(spent[name]),
         }
         for name in names
     }
+
+
+def ratio(seconds: list[float], baseline: list[float]) -> float:
+    """The median over rounds of how many times longer one took than the other."""
+    return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
 def peak_memory(options: argparse.Namespace) -> float:
@@ -334,15 +342,16 @@ def in_own_process(variant: str, options: argparse.Namespace) -> float:
 
 
 def report(results: dict[str, Any]) -> None:
-    floor = results.get("floor", next(iter(results.values())))["median"]
-    print(f"{'variant':24} {'median':>10} {'/ floor':>8} {'allocation':>11} {'memory':>10}")
+    print(
+        f"{'variant':23}{'median':>10}"
+        + "".join(f"{h:>9}" for h in BASELINES.values())
+        + f"{'alloc.':>9}{'memory':>10}"
+    )
     for name, result in results.items():
-        share = f"{result['allocation'] / result['median']:10.2%}" if result["allocation"] > 1e-6 else ""
-        memory = f"{result['peak_mib']:6.0f} MiB" if "peak_mib" in result else ""
-        print(
-            f"{name:24} {result['median'] * 1e3:7.1f} ms {result['median'] / floor:8.3f} {share:>11} {memory:>10}",
-            flush=True,
-        )
+        ratios = "".join(f"{result['ratios'][b]:9.3f}" if b in result["ratios"] else " " * 9 for b in BASELINES)
+        share = f"{result['allocation'] / result['median']:.2%}" if result["allocation"] > 1e-6 else ""
+        memory = f"{result['peak_mib']:.0f} MiB" if "peak_mib" in result else ""
+        print(f"{name:23}{result['median'] * 1e3:7.1f} ms{ratios}{share:>9}{memory:>10}", flush=True)
 
 
 def parse() -> argparse.Namespace:

@@ -90,6 +90,14 @@ def test_siblings_are_found_by_their_names_and_only_below_one_parent() -> None:
     assert len(set(groups_of(names, shared=False).values())) == len(names)
 
 
+def test_in_cross_attention_the_query_reads_another_input() -> None:
+    names = ("d.0.layer.1.EncDecAttention.q", "d.0.layer.1.EncDecAttention.k", "d.0.layer.1.EncDecAttention.v")
+    groups = groups_of(names, shared=True)
+    assert groups[names[0]] == names[0] and groups[names[1]] == groups[names[2]] != names[1]
+    bart = [f"m.encoder_attn.{n}_proj" for n in "qkv"] + [f"m.self_attn.{n}_proj" for n in "qkv"]
+    assert len(set(groups_of(bart, shared=True).values())) == 3
+
+
 def test_siblings_share_the_work_but_never_a_stale_input() -> None:
     masks = Masks(0.5, 1)
     masks.move(1, 0)

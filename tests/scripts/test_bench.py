@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -127,9 +128,7 @@ def step_options(step: ModuleType, **others: Any) -> argparse.Namespace:
 
 def test_scaling_changes_one_thing_at_a_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     scaling, seen = bench("scaling"), []
-    fake = {
-        variant: {"median": 1.0 + i, "seconds": [], "allocation": 0.0} for i, variant in enumerate(scaling.VARIANTS)
-    }
+    fake = {variant: {"median": 1.0 + i, "ratios": {"floor": 1.0 + i}} for i, variant in enumerate(scaling.VARIANTS)}
     monkeypatch.setattr(scaling.step, "measure", lambda options: seen.append(vars(options).copy()) or fake)
     base = scaling.parse(["--model", "tiny"])
     usual = vars(base).copy()
@@ -141,7 +140,7 @@ def test_scaling_changes_one_thing_at_a_time(bench: Bench, monkeypatch: pytest.M
         for options in seen:
             assert {k for k in usual if options[k] != usual[k]} <= {changes[axis]}
         assert len({str(options[changes[axis]]) for options in seen}) == len(points)
-        assert results[points[0]]["dora"]["ratio"] == 1.0 + scaling.VARIANTS.index("dora")
+        assert results[points[0]]["dora"]["ratios"]["floor"] == 1.0 + scaling.VARIANTS.index("dora")
 
 
 def test_a_width_takes_the_feed_forward_layer_and_the_heads_along(bench: Bench) -> None:
@@ -163,8 +162,8 @@ def test_scaling_writes_ratios_to_the_floor_of_the_same_point(
     assert list(record["results"]["modules"]) == ["query value", "all"]
     for results in record["results"]["modules"].values():
         assert list(results) == ["floor", "peft_lora", "lora", "dora", "dora_pruned"]
-        assert results["floor"]["ratio"] == 1.0
-        assert results["lora"]["ratio"] == pytest.approx(results["lora"]["median"] / results["floor"]["median"])
+        pairs = zip(results["lora"]["seconds"], results["floor"]["seconds"], strict=True)
+        assert results["lora"]["ratios"]["floor"] == pytest.approx(statistics.median(a / b for a, b in pairs))
     assert "torch" in record["versions"] and record["settings"]["rank"] == 8
     assert_narrow(capsys.readouterr().out)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dora_cli.cli import train_run
-from dora_cli.training import setup
+from dora_cli.training import plan, setup
 
 Train = Callable[..., int]
 OPTIONS = ["budget=r1", "adapter.rank=2", "train.max_steps=20", "train.log_every=1", "adapter.dropout=0.1"]
@@ -64,3 +64,18 @@ def test_a_resumed_run_ends_alike(dora_train: Train, unplugged: Callable[..., No
     assert dora_train(*words, "resume=true") == 0
     one, other = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("whole", "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("features", "warned"), [("flags: fma avx2", True), ("flags: avx512_bf16", False)])
+def test_the_plan_says_where_bfloat16_is_slow(
+    features: str,
+    warned: bool,
+    dora_train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "cpuinfo").write_text(features)
+    monkeypatch.setattr(plan, "CPU_INFO", tmp_path / "cpuinfo")
+    assert dora_train("train.precision=bf16", "train.max_steps=1") == 0
+    assert ("no bfloat16 units" in " ".join(capsys.readouterr().out.split())) == warned
