@@ -32,7 +32,6 @@ SIBLINGS = (
     {"wi_0", "wi_1"},
     {"w1", "w3"},
 )
-CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"}  # its query reads another input
 
 
 def groups_of(names: Iterable[str], *, shared: bool) -> dict[str, str]:
@@ -41,10 +40,16 @@ def groups_of(names: Iterable[str], *, shared: bool) -> dict[str, str]:
     for name in names:
         parent, _, child = name.rpartition(".")
         family = next((s for s in SIBLINGS if child in s), {child}) if shared else {child}
-        if CROSS_ATTENTION.intersection(parent.split(".")):
-            family = {child} if child.startswith("q") else {sibling for sibling in family if sibling[0] != "q"}
+        if _is_cross_attention(parent):  # its query reads another input
+            family = {s for s in family if s.startswith("q") == child.startswith("q")}
         groups[name] = f"{parent}.{MARK.join(sorted(family))}" if len(family) > 1 else name
     return groups
+
+
+def _is_cross_attention(parent: str) -> bool:
+    """By the names that architectures give it, ``parent`` being that of a projection."""
+    own = parent.split(".")[-2:]  # BERT's is crossattention.self
+    return any("cross" in n or n in ("EncDecAttention", "encoder_attn", "encoder_decoder_attention") for n in own)
 
 
 class Dropped(NamedTuple):

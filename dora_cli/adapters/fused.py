@@ -96,20 +96,22 @@ class _LowRankLinear(torch.autograd.Function):
         hidden = inputs.mm(right.t())  # (n, width)
         y = hidden.mm(left.t()) if bias is None else torch.addmm(_cast(bias, x.dtype), hidden, left.t())
         y.addmm_(rows, _cast(weight, x.dtype).t())
-        ctx.save_for_backward(inputs, hidden, right, left, weight, b, *([factor] if isinstance(factor, Tensor) else []))
-        ctx.factor, ctx.mask, ctx.shape, ctx.r = factor, mask, x.shape, a.shape[0]
+        ctx.save_for_backward(inputs, hidden, right, left, weight, *((b, factor) if isinstance(factor, Tensor) else ()))
+        ctx.factor = None if isinstance(factor, Tensor) else factor
+        ctx.mask, ctx.shape, ctx.r = mask, x.shape, a.shape[0]
         return y  # (n, d_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, hidden, right, left, weight, b, *gates = ctx.saved_tensors
+        inputs, hidden, right, left, weight, *gated = ctx.saved_tensors
+        b, factor = gated if gated else (left, ctx.factor)  # only a tensor needs b, for its own gradient
         need_x, need_a, need_b, need_factor = ctx.needs_input_grad[:4]
         grad_x = grad_a = grad_b = grad_factor = None
         if need_b or need_factor:
             product = grad.t().mm(hidden)[:, : ctx.r]  # (d_out, r), of B diag(f)
             grad_factor = (product * b).sum(0) if need_factor else None
-            grad_b = product * (gates[0] if gates else ctx.factor) if need_b else None
+            grad_b = product * factor if need_b else None
         if need_a or need_x:
             back = grad.mm(left)  # (n, width)
         if need_a:

@@ -96,6 +96,8 @@ def test_in_cross_attention_the_query_reads_another_input() -> None:
     assert groups[names[0]] == names[0] and groups[names[1]] == groups[names[2]] != names[1]
     bart = [f"m.encoder_attn.{n}_proj" for n in "qkv"] + [f"m.self_attn.{n}_proj" for n in "qkv"]
     assert len(set(groups_of(bart, shared=True).values())) == 3
+    bert = [f"l.crossattention.self.{n}" for n in ("query", "key", "value")]
+    assert len(set(groups_of(bert, shared=True).values())) == 2
 
 
 def test_siblings_share_the_work_but_never_a_stale_input() -> None:

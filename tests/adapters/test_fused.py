@@ -133,7 +133,7 @@ def kept_bytes(run: Any, *layers: nn.Module) -> int:
 THIN = 16 * (D_IN + D_OUT) + 7  # the factors of 7 components in 16 columns, and what each is multiplied by
 
 
-def test_only_the_input_and_the_hidden_activations_are_kept() -> None:
+def test_only_the_input_and_what_is_r_wide_is_kept() -> None:
     layer = made(Components(), 7)
     x = torch.randn(100, D_IN, dtype=torch.float64, requires_grad=True)
     assert kept_bytes(lambda: layer(x), layer) == (100 * (D_IN + 16) + THIN) * 8

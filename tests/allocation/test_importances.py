@@ -48,6 +48,9 @@ def test_sensitivity_adds_the_gate_and_the_means_over_row_and_column(stack: Any)
         for name, layer in layers.items():
             for key, p in layer.adapter_parameters().items():
                 p.grad = torch.randn(p.shape, generator=g)
+                if (step, name) == (2, "1"):  # took no part in this step: what is known of it stays
+                    p.grad = None
+                    continue
                 now = (p.detach() * p.grad).abs()
                 k = f"{name}.{key}"
                 mean[k] = 0.85 * mean.get(k, torch.zeros_like(now)) + 0.15 * now
@@ -75,6 +78,26 @@ def test_sensitivity_follows_its_units_through_compaction(stack: Any) -> None:
     after = importance.scores(table, None)
     assert torch.allclose(after[keep], before[keep], rtol=1e-5)  # means are summed in another order
     assert not bool(after[~keep].any())
+
+    other = Sensitivity()
+    other.attach(table)
+    other.scores(table, None)
+    state = {k: v.clone() for k, v in importance.state_dict().items()}
+    other.load_state_dict(state)
+    for layer in layers.values():
+        for p in layer.adapter_parameters().values():
+            p.grad = torch.randn_like(p)
+    importance.update(table, 2)
+    other.update(table, 2)
+    assert torch.equal(other.scores(table, None), importance.scores(table, None))
+    now = importance.state_dict()
+    for m, layer in enumerate(layers.values()):
+        for name, p in layer.adapter_parameters().items():
+            mean, spread, seen = state[f"mean.{m}.{name}"], state[f"spread.{m}.{name}"], (p * p.grad).detach().abs()
+            mean = 0.85 * mean + 0.15 * seen
+            assert torch.allclose(now[f"mean.{m}.{name}"], mean, rtol=1e-4, atol=1e-8)
+            spread = 0.85 * spread + 0.15 * (seen - mean).abs()
+            assert torch.allclose(now[f"spread.{m}.{name}"], spread, rtol=1e-4, atol=1e-8)
 
 
 def _probed(stack: Any, part: Any) -> tuple[dict[str, Any], UnitTable, Any]:

@@ -23,11 +23,13 @@ def losses_of(folder: Path) -> list[float]:
 
 def test_losses_follow_those_of_float32(dora_train: Train, tmp_path: Path) -> None:
     losses = []
+    fast = ["method=lora", "train.learning_rate=0.05"]
     for precision in ("fp32", "bf16"):
-        assert dora_train(*OPTIONS, f"train.precision={precision}", f"out={tmp_path / precision}") == 0
+        assert dora_train(*OPTIONS, *fast, f"train.precision={precision}", f"out={tmp_path / precision}") == 0
         losses.append(losses_of(tmp_path / precision))
+    assert max(losses[0]) - min(losses[0]) > 0.05  # it does move
     assert losses[0] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
     adapter = load_file(tmp_path / "bf16/adapter/adapter_model.safetensors")
     assert {t.dtype for t in adapter.values()} == {torch.float32}
 
@@ -77,5 +79,5 @@ def test_the_plan_says_where_bfloat16_is_slow(
 ) -> None:
     (tmp_path / "cpuinfo").write_text(features)
     monkeypatch.setattr(plan, "CPU_INFO", tmp_path / "cpuinfo")
-    assert dora_train("train.precision=bf16", "train.max_steps=1") == 0
+    assert dora_train("train.precision=bf16", "train.max_steps=1", "train.device=cpu") == 0
     assert ("no bfloat16 units" in " ".join(capsys.readouterr().out.split())) == warned

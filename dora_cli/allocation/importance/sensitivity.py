@@ -54,7 +54,7 @@ class Sensitivity(Importance):
             if not held:
                 continue
             now = torch.stack([g for g in gradients if g is not None])
-            # An index would copy: only where some are frozen.
+            # An index copies: only where some layers took no part in this step.
             rows = slice(None) if len(held) == len(gradients) else torch.tensor(held, device=now.device)
             mean, spread = stack.mean[rows], stack.spread[rows]
             now.mul_(stack.group.stack(stack.name)[rows]).abs_()
@@ -87,6 +87,7 @@ class Sensitivity(Importance):
         return self._stacks
 
     def _resized(self, module: int, keep: Tensor, n_new: int) -> None:
+        self._stacks, self._stacked_at = [], -1  # let go of the rows that go
         for name, axis in self._table.layers[module].unit_axes.items():
             for state in (self.mean, self.spread):
                 kept = state[module, name].index_select(axis, keep.to(state[module, name].device))
@@ -103,4 +104,4 @@ class Sensitivity(Importance):
             device = self.mean[m, name].device
             self.mean[m, name] = state[f"mean.{m}.{name}"].to(device, copy=True)
             self.spread[m, name] = state[f"spread.{m}.{name}"].to(device, copy=True)
-        self._stacked_at = -1
+        self._stacks, self._stacked_at = [], -1
