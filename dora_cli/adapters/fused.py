@@ -104,14 +104,13 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, hidden, right, left, weight, *gated = ctx.saved_tensors
-        b, factor = gated if gated else (left, ctx.factor)  # only a tensor needs b, for its own gradient
+        inputs, hidden, right, left, weight, *gated = ctx.saved_tensors  # gated: b and its factors
         need_x, need_a, need_b, need_factor = ctx.needs_input_grad[:4]
         grad_x = grad_a = grad_b = grad_factor = None
         if need_b or need_factor:
             product = grad.t().mm(hidden)[:, : ctx.r]  # (d_out, r), of B diag(f)
-            grad_factor = (product * b).sum(0) if need_factor else None
-            grad_b = product * factor if need_b else None
+            grad_factor = (product * gated[0]).sum(0) if need_factor else None
+            grad_b = product * (gated[1] if gated else ctx.factor) if need_b else None
         if need_a or need_x:
             back = grad.mm(left)  # (n, width)
         if need_a:

@@ -20,6 +20,7 @@ from typing import Any
 import step
 import torch
 from setting import add_model_options
+from shapes import SHAPES
 
 VARIANTS = ("floor", "peft_lora", "lora", "dora", "dora_pruned")
 HEAD = 32  # width of an attention head
@@ -47,11 +48,11 @@ def at_length(options: argparse.Namespace, point: str) -> None:
 
 
 def at_width(options: argparse.Namespace, point: str) -> None:
-    """A shape of its own, beside those of step.py."""
+    """A shape of its own, beside those of shapes.py."""
     width = int(point)
     heads = max(1, width // HEAD)
     name = f"{options.model}, width {width}"
-    step.SHAPES[name] = {**step.SHAPES[options.model], "width": width, "inner": 4 * width, "heads": heads}
+    SHAPES[name] = {**SHAPES[options.model], "width": width, "inner": 4 * width, "heads": heads}
     options.model = name
 
 
@@ -90,7 +91,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=tuple(AXES))
     parser.add_argument("--points", nargs="+", help="of the one axis that is named, instead of its own")
-    parser.add_argument("--model", default="minilm", choices=tuple(step.SHAPES))
+    parser.add_argument("--model", default="minilm", choices=tuple(SHAPES))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rank", type=int, default=step.RANK)
