@@ -7,12 +7,13 @@ The floor is what a frozen base must do anyway: its forward pass and the backwar
 weight gradients. Every other variant takes a whole step: forward, backward, clipping, fused AdamW, and what its method
 adds. `dora` stands in the middle of its schedule with every rank still trained (revival on), its events falling as in a
 real run; `dora_pruned` after the final choice, at an average rank of 8. One step in ten has an event: it weighs in the
-column `alloc.`, a mean, not in the medians. Where there is dropout, ours share one mask between modules
-that read the same input, as `dora-train` does; PEFT draws one for each.
-Frozen weights are shared between the variants, so that no one has the caches to itself. A round takes each variant
-once, in an order that rotates; a ratio is the median of the rounds' own, so that a slow spell of the machine, longer
-than a round, weighs on both sides. `--memory` runs each variant in a process of its own and gives the growth of its
-peak resident memory over the model at rest (on CUDA the allocator's own peak).
+column `alloc.`, a mean, not in the medians. Where there is dropout, ours share one mask between modules that read the
+same input, as `dora-train` does; PEFT draws one for each.
+Frozen weights are shared between the variants, so that no one has the caches to itself, and no one pays for memory that
+another has handed back to the kernel. A round takes each variant once, in an order that rotates; a ratio is the median
+of the rounds' own, so that a slow spell of the machine, longer than a round, weighs on both sides. `--memory` runs each
+variant in a process of its own and gives the growth of its peak resident memory over the model at rest (on CUDA the
+allocator's own peak).
 """
 
 import argparse
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from setting import PACKAGES, add_model_options, machine, versions
+from setting import PACKAGES, add_model_options, keep_heap, machine, versions
 from shapes import SHAPES, build_base, random_batch, twin
 from torch import nn
 
@@ -210,6 +211,7 @@ def synchronise(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every round of every variant, interleaved; and allocation's share where there is one."""
+    keep_heap()
     device = torch.device(options.device)
     base, vocabulary = build_base(options.model, options.dtype, device)
     batch = random_batch(vocabulary, options)
