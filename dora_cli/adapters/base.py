@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_cli.adapters.dropout import Masks
-from dora_cli.adapters.fused import can_fuse, compute_type, low_rank_linear
+from dora_cli.adapters.fused import LowRankLinear, can_fuse, compute_type
+from dora_cli.adapters.siblings import Siblings, outputs
 from dora_cli.errors import UserError
 
 
@@ -44,7 +45,7 @@ class AdapterLayer(nn.Module):
     zero closes a unit exactly), ``no_decay`` (parameters that weight decay must leave alone) and ``learning_rates``
     (parameter → its own peak rate, where it is not the adapter's). ``removable`` says that without units the layer is
     its base layer again; ``nested`` that a unit counts only together with all before it in its module,
-    ``is_low_rank`` that ``low_rank()`` can be asked for.
+    ``is_low_rank`` that ``low_rank()`` can be asked for, ``sums_components`` that ``operands()`` says the whole update.
     """
 
     unit_axes: ClassVar[Mapping[str, int]] = {}
@@ -52,6 +53,7 @@ class AdapterLayer(nn.Module):
     removable: ClassVar[bool] = True
     is_low_rank: ClassVar[bool] = True
     nested: ClassVar[bool] = False
+    sums_components: ClassVar[bool] = False
     no_decay: frozenset[str] = frozenset()
     learning_rates: Mapping[str, float] = {}
 
@@ -227,11 +229,11 @@ class LowRankLayer(AdapterLayer):
     unit_axes: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1, "c": 0}
     valve = "c"
     no_decay = frozenset({"c"})
-    _sums_components: ClassVar[bool] = True  # updates by ``operands()`` alone
+    sums_components = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._sums_components = cls.update is LowRankLayer.update and cls.updated is LowRankLayer.updated
+        cls.sums_components = cls.update is LowRankLayer.update and cls.updated is LowRankLayer.updated
 
     def __init__(self, base: nn.Module, a: Tensor, b: Tensor, c: Tensor | None, scale: float, dropout: float) -> None:
         super().__init__(base)
@@ -241,6 +243,7 @@ class LowRankLayer(AdapterLayer):
             self.c = nn.Parameter(c)
         self.scale = scale
         self.dropout = dropout
+        self.siblings: Siblings | None = None  # None: computed by itself
         # 1 for units that take part, 0 for the others; None (always, but while probing) means all take part.
         self.probe_mask: Tensor | None = None
 
@@ -253,18 +256,29 @@ class LowRankLayer(AdapterLayer):
         return self.c if "c" in self.unit_axes else torch.ones_like(self.a[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
-        base: nn.Module = self.base_layer
-        dropping = self.training and self.dropout > 0
-        if (dropping and self.masks is None) or not self._sums_components or not self.active:
+        if not self.fuses(x):
             return super().forward(x)
-        if not can_fuse(base, x, self.a) or self.rank == 0:
-            return super().forward(x)
-        weight = base.weight.T if self.transposed else base.weight
-        if not dropping:
-            return low_rank_linear(x, weight, base.bias, *self.operands())  # type: ignore[arg-type]
+        return outputs([self], x)[0] if self.siblings is None else self.siblings.output(self, x)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether layer and base are computed as a node of the graph for this input."""
+        if not self.sums_components or not self.active or self.rank == 0:
+            return False
+        if self.training and self.dropout > 0 and self.masks is None:
+            return False
+        return can_fuse(self.base_layer, x, self.a)
+
+    def low_rank_linear(self) -> LowRankLinear:
+        """What such a node takes of this layer."""
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        return LowRankLinear(weight.T if self.transposed else weight, bias, *self.operands())  # type: ignore[arg-type]
+
+    def dropped(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """And of its input: x after dropout and the mask; None and None where nothing is dropped."""
+        if not self.training or self.dropout == 0:
+            return None, None
         assert self.masks is not None
-        dropped, mask = self.masks.drop(x, self.mask_group, compute_type(x))
-        return low_rank_linear(x, weight, base.bias, *self.operands(), dropped, mask)  # type: ignore[arg-type]
+        return self.masks.drop(x, self.mask_group, compute_type(x))
 
     def updated(self, x: Tensor, out: Tensor) -> Tensor:
         if self.rank == 0:

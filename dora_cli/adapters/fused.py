@@ -1,16 +1,20 @@
-"""A frozen linear layer and its low-rank update as one node of the graph, in as few passes over memory as can be.
+"""Frozen linear layers and their low-rank updates as one node of the graph, in as few passes over memory as can be.
 
 y = x Wᵀ + bias + ((x ∘ m) Aᵀ) (B diag(f))ᵀ with m the dropout mask and f the factor of each component. Written out in
 plain operations this copies y and the gradient of x once more each. Here the thin product comes first and takes the
 bias along, and the base's own product is accumulated onto it, so that the update costs no pass over y or x's gradient
 of its own. Between forward and backward only the adapter's input and what is r wide are kept.
 
+Layers that read the same input (``siblings.py``) are one node: their right factors are one matrix, which reads the
+input once in each direction, and they add to one gradient of x.
+
 Thin matrices are laid out with ``WIDTH`` columns or a multiple of it, and as the products of both directions read them
 best: a CPU's library multiplies by 16 columns faster than by 7 (``scripts/bench/step.py``), and modules may have any
 rank after pruning.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 Factor = Tensor | float
 WIDTH = 16
+PER_LAYER = 5  # a, b, factor, weight, bias in the node's arguments
 
 
 def compute_type(x: Tensor) -> torch.dtype:
@@ -46,81 +51,99 @@ def can_fuse(base: nn.Module, x: Tensor, a: Tensor) -> bool:
     return x.dtype == weight.dtype == a.dtype
 
 
-def low_rank_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    factor: Factor,
-    dropped: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """The adapted layer's output, (…, d_out).
+class LowRankLinear(NamedTuple):
+    """A frozen linear layer and its low-rank update.
+
+    Attributes:
+        weight, bias: of the base, (d_out, d_in) and (d_out,) or None; they get no gradient.
+        a, b: factors, (r, d_in) and (d_out, r).
+        factor: what each component is multiplied by, (r,), or one number for all.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    factor: Factor
+
+
+def low_rank_linears(
+    x: Tensor, layers: Sequence[LowRankLinear], dropped: Tensor | None = None, mask: Tensor | None = None
+) -> list[Tensor]:
+    """The outputs (…, d_out) of layers that read the same input.
 
     Args:
         x: input, (…, d_in).
-        weight, bias: of the frozen base, (d_out, d_in) and (d_out,) or None; they get no gradient.
-        a, b: factors, (r, d_in) and (d_out, r).
-        factor: what each component is multiplied by, (r,), or one number for all.
-        dropped: the adapter's input x ∘ m, without graph; None where it is x itself.
+        layers: at least one.
+        dropped: the adapters' input x ∘ m, without graph; None where it is x itself.
         mask: m, as ``dropped`` was made with it.
     """
     dtype = compute_type(x)
-    if isinstance(factor, Tensor):
-        factor = _cast(factor, dtype)
-    shape = x.shape
-    out: Tensor = _LowRankLinear.apply(
-        _cast(x, dtype), _cast(a, dtype), _cast(b, dtype), factor, weight, bias, dropped, mask
-    )
+    flat: list[Any] = []
+    for weight, bias, a, b, factor in layers:
+        factor = _cast(factor, dtype) if isinstance(factor, Tensor) else factor
+        flat += (_cast(a, dtype), _cast(b, dtype), factor, weight, bias)
+    outs = _LowRankLinears.apply(_cast(x, dtype), dropped, mask, *flat)
     # Not in the node: autograd lets nobody write into a view made there.
-    return out if len(shape) == 2 else out.view(*shape[:-1], out.shape[1])
+    return list(outs) if x.dim() == 2 else [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
-class _LowRankLinear(torch.autograd.Function):
+class _LowRankLinears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        factor: Factor,
-        weight: Tensor,
-        bias: Tensor | None,
-        dropped: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropped: Tensor | None, mask: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         inputs = rows if dropped is None else dropped.reshape(rows.shape)
-        right, left = _widened(a, 0), _widened(b * factor, 1)  # (width, d_in), (d_out, width)
-        hidden = inputs.mm(right.t())  # (n, width)
-        y = hidden.mm(left.t()) if bias is None else torch.addmm(_cast(bias, x.dtype), hidden, left.t())
-        y.addmm_(rows, _cast(weight, x.dtype).t())
-        ctx.save_for_backward(inputs, hidden, right, left, weight, *((b, factor) if isinstance(factor, Tensor) else ()))
-        ctx.factor = None if isinstance(factor, Tensor) else factor
-        ctx.mask, ctx.shape, ctx.r = mask, x.shape, a.shape[0]
-        return y  # (n, d_out)
+        layers = [flat[i : i + PER_LAYER] for i in range(0, len(flat), PER_LAYER)]
+        rights = [_widened(a, 0) for a, *_ in layers]  # (width, d_in) each
+        right = rights[0] if len(layers) == 1 else torch.cat(rights)
+        hidden = inputs.mm(right.t())  # (n, all widths)
+        ys, lefts, gated, start = [], [], [], 0
+        for (_, b, factor, weight, bias), own in zip(layers, rights, strict=True):
+            left = _widened(b * factor, 1)  # (d_out, width)
+            thin = hidden[:, start : start + len(own)]
+            y = thin.mm(left.t()) if bias is None else torch.addmm(_cast(bias, x.dtype), thin, left.t())
+            ys.append(y.addmm_(rows, _cast(weight, x.dtype).t()))  # (n, d_out)
+            lefts.append(left)
+            gated += [b, factor] if isinstance(factor, Tensor) else [None, None]
+            start += len(own)
+        ctx.save_for_backward(inputs, hidden, right, *lefts, *flat[3::PER_LAYER], *gated)
+        ctx.factors = [factor if isinstance(factor, float) else None for factor in flat[2::PER_LAYER]]
+        ctx.mask, ctx.shape, ctx.ranks = mask, x.shape, [len(a) for a in flat[::PER_LAYER]]
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, hidden, right, left, weight, *gated = ctx.saved_tensors  # gated: b and its factors
-        need_x, need_a, need_b, need_factor = ctx.needs_input_grad[:4]
-        grad_x = grad_a = grad_b = grad_factor = None
-        if need_b or need_factor:
-            product = grad.t().mm(hidden)[:, : ctx.r]  # (d_out, r), of B diag(f)
-            grad_factor = (product * gated[0]).sum(0) if need_factor else None
-            grad_b = product * (gated[1] if gated else ctx.factor) if need_b else None
-        if need_a or need_x:
-            back = grad.mm(left)  # (n, width)
-        if need_a:
-            grad_a = inputs.t().mm(back).t()[: ctx.r]
-        if need_x:
-            grad_x = back.mm(right)
-            if ctx.mask is not None:
-                grad_x.mul_(ctx.mask.reshape(grad_x.shape))
-            grad_x = grad_x.addmm_(grad, _cast(weight, grad.dtype)).view(ctx.shape)
-        return grad_x, grad_a, grad_b, grad_factor, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, hidden, right, *saved = ctx.saved_tensors
+        k, (need_x, _, _, *needs) = len(grads), ctx.needs_input_grad
+        lefts, weights, gated = saved[:k], saved[k : 2 * k], saved[2 * k :]
+        back = torch.empty_like(hidden) if k > 1 else grads[0].mm(lefts[0])  # (n, all widths)
+        found: list[Tensor | None] = [None] * (PER_LAYER * k)
+        start = 0
+        for i, (grad, left, r) in enumerate(zip(grads, lefts, ctx.ranks, strict=True)):
+            own, at = slice(start, start + left.shape[1]), PER_LAYER * i
+            start = own.stop
+            if k > 1:
+                torch.mm(grad, left, out=back[:, own])
+            if needs[at + 1] or needs[at + 2]:
+                b, factor = gated[2 * i : 2 * i + 2]
+                product = grad.t().mm(hidden[:, own])[:, :r]  # (d_out, r), of B diag(f)
+                found[at + 1] = product * (ctx.factors[i] if factor is None else factor)
+                found[at + 2] = (product * b).sum(0) if needs[at + 2] else None
+        if any(needs[::PER_LAYER]):
+            rows = inputs.t().mm(back).t()  # (all widths, d_in)
+            start = 0
+            for at, left, r in zip(range(0, len(found), PER_LAYER), lefts, ctx.ranks, strict=True):
+                found[at] = rows[start : start + r]
+                start += left.shape[1]
+        if not need_x:
+            return None, None, None, *found
+        grad_x = back.mm(right)
+        if ctx.mask is not None:
+            grad_x.mul_(ctx.mask.reshape(grad_x.shape))
+        for grad, weight in zip(grads, weights, strict=True):
+            grad_x.addmm_(grad, _cast(weight, grad.dtype))
+        return grad_x.view(ctx.shape), None, None, *found
 
 
 def _widened(thin: Tensor, dim: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dora_cli.adapters.base import AdapterLayer, linear_shape
 from dora_cli.adapters.dropout import Masks
 from dora_cli.adapters.inject import inject, remove
+from dora_cli.adapters.siblings import join
 from dora_cli.allocation import rules
 from dora_cli.allocation.budget import Budget
 from dora_cli.allocation.controller import Allocation
@@ -208,6 +209,9 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
     )
     allocation.on_empty(lambda name: remove(model, name))
     optimizer = build_optimizer(model, layers, loaded.head_modules, config.train)
+    masks = parts["adapter"].masks(layers, config.seed)
+    if not config.train.compile:
+        join(layers, _first_row(model, task, encoded["train"], device, dtype))
     return Session(
         composed=composed,
         model=model,
@@ -228,7 +232,7 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         plan=plan,
-        masks=parts["adapter"].masks(layers, config.seed),
+        masks=masks,
         notes=start.notes if start is not None else (),
     )
 
@@ -250,6 +254,19 @@ def _lower(model: nn.Module, dtype: torch.dtype) -> None:
             for parameter in own:
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(dtype)
+
+
+def _first_row(
+    model: nn.Module, task: Task, encoded: Encoded, device: torch.device, dtype: torch.dtype | None
+) -> Callable[[], object]:
+    """A forward pass on one row in eval mode, which leaves no trace."""
+    batch = {k: v.to(device) for k, v in encoded.batch([0]).items()}
+
+    def run() -> None:
+        with evaluating(model), torch.no_grad(), autocast(device, dtype):
+            task.loss(model, batch)
+
+    return run
 
 
 def _probe(

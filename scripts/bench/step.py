@@ -7,8 +7,8 @@ The floor is what a frozen base must do anyway: its forward pass and the backwar
 weight gradients. Every other variant takes a whole step: forward, backward, clipping, fused AdamW, and what its method
 adds. `dora` stands in the middle of its schedule with every rank still trained (revival on), its events falling as in a
 real run; `dora_pruned` after the final choice, at an average rank of 8. One step in ten has an event: it weighs in the
-column `alloc.`, a mean, not in the medians. Where there is dropout, ours share one mask between modules that read the
-same input, as `dora-train` does; PEFT draws one for each.
+column `alloc.`, a mean, not in the medians. Ours are joined where they read the same input, and share one
+mask there, as `dora-train` has it; PEFT draws a mask for each module.
 Frozen weights are shared between the variants, so that no one has the caches to itself, and no one pays for memory that
 another has handed back to the kernel. A round takes each variant once, in an order that rotates; a ratio is the median
 of the rounds' own, so that a slow spell of the machine, longer than a round, weighs on both sides. `--memory` runs each
@@ -38,6 +38,7 @@ from dora_cli.adapters.components import Components
 from dora_cli.adapters.dropout import Masks, attach
 from dora_cli.adapters.inject import inject
 from dora_cli.adapters.lora import Lora
+from dora_cli.adapters.siblings import join
 from dora_cli.adapters.svd import Svd
 from dora_cli.adapters.weight_decomposed import WeightDecomposed
 from dora_cli.allocation.allocators.prune import Prune
@@ -49,6 +50,7 @@ from dora_cli.allocation.regularizers.dem import Dem
 from dora_cli.allocation.regularizers.orthogonal import Orthogonal
 from dora_cli.allocation.schedules import CubicEarly, CubicLate
 from dora_cli.models.targets import find_targets
+from dora_cli.modes import evaluating
 
 VARIANTS = (
     "floor", "full", "peft_lora", "lora", "dora", "dora_pruned", "peft_adalora", "adalora",
@@ -95,7 +97,7 @@ def make(variant: str, base: nn.Module, batch: dict[str, torch.Tensor], options:
     elif variant.startswith("peft_"):
         model, hooks = peft_model(variant.removeprefix("peft_"), model, targets, dropout, options.rank)
     else:
-        hooks = our_hooks(variant, model, targets, dropout, options.rank)
+        hooks = our_hooks(variant, model, targets, dropout, options.rank, batch)
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -172,12 +174,16 @@ def peft_model(kind: str, model: Any, targets: list[str], dropout: float, rank: 
     return wrapped, Hooks()
 
 
-def our_hooks(variant: str, model: nn.Module, targets: list[str], dropout: float, rank: int) -> Hooks:
+def our_hooks(
+    variant: str, model: nn.Module, targets: list[str], dropout: float, rank: int, batch: dict[str, torch.Tensor]
+) -> Hooks:
     """Put adapters into the model; what goes with them."""
     method = {"dora_pruned": "dora"}.get(variant, variant)
     adapter = ADAPTERS[method](dropout=dropout)
     layers = inject(model, targets, adapter, [start_rank(rank) if method in PARTS else rank] * len(targets))
     masks = attach(layers, dropout, seed=1, shared=True)
+    with evaluating(model), torch.no_grad():
+        join(layers, lambda: model(**batch))
     if method not in PARTS:
         return Hooks(masks)
     allocation = Allocation(
