@@ -1,6 +1,7 @@
 """One evaluation: find what the checkpoint is, load it, measure it, write the two files."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from dora_cli.models.load import load_model
 from dora_cli.reporting.events import jsonable
 from dora_cli.training.setup import autocast_dtype, pick_device
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
 
 def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
     """Evaluate ``own["checkpoint"]`` on ``own["split"]``; prints the metrics and where the files are.
@@ -29,9 +32,11 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
         UserError: no such checkpoint, nothing that says which data, or anything that does not fit.
     """
     folder = Path(own["checkpoint"]).expanduser()
-    if not folder.exists() and ("/" not in own["checkpoint"] or own["checkpoint"].count("/") > 1):
+    if not folder.exists() and ("recipe" not in own or not HUB_NAME.fullmatch(own["checkpoint"])):
         raise UserError(
-            f"checkpoint={own['checkpoint']}: no such folder", hint="name a run, an adapter or a model folder"
+            f"checkpoint={own['checkpoint']}: no such folder",
+            where=f"looked for {folder.absolute()}",
+            hint="name a run, an adapter or a model folder; a model of the hub (OWNER/NAME) needs recipe= too",
         )
     adapter = _adapter(folder)
     config = compose(_recipe(own, folder, overrides), load_parts(), config_dirs).config
