@@ -34,6 +34,7 @@ from setting import PACKAGES, add_model_options, keep_heap, machine, versions
 from shapes import SHAPES, build_base, random_batch, twin
 from torch import nn
 
+from dora_cli.adapters.base import AdapterLayer
 from dora_cli.adapters.components import Components
 from dora_cli.adapters.dropout import Masks, attach
 from dora_cli.adapters.inject import inject
@@ -97,7 +98,10 @@ def make(variant: str, base: nn.Module, batch: dict[str, torch.Tensor], options:
     elif variant.startswith("peft_"):
         model, hooks = peft_model(variant.removeprefix("peft_"), model, targets, dropout, options.rank)
     else:
-        hooks = our_hooks(variant, model, targets, dropout, options.rank, batch)
+        hooks = our_hooks(variant, model, targets, dropout, options.rank)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+        with evaluating(model), torch.no_grad():
+            join(layers, lambda: model(**batch))
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -174,16 +178,12 @@ def peft_model(kind: str, model: Any, targets: list[str], dropout: float, rank: 
     return wrapped, Hooks()
 
 
-def our_hooks(
-    variant: str, model: nn.Module, targets: list[str], dropout: float, rank: int, batch: dict[str, torch.Tensor]
-) -> Hooks:
+def our_hooks(variant: str, model: nn.Module, targets: list[str], dropout: float, rank: int) -> Hooks:
     """Put adapters into the model; what goes with them."""
     method = {"dora_pruned": "dora"}.get(variant, variant)
     adapter = ADAPTERS[method](dropout=dropout)
     layers = inject(model, targets, adapter, [start_rank(rank) if method in PARTS else rank] * len(targets))
     masks = attach(layers, dropout, seed=1, shared=True)
-    with evaluating(model), torch.no_grad():
-        join(layers, lambda: model(**batch))
     if method not in PARTS:
         return Hooks(masks)
     allocation = Allocation(

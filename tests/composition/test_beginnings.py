@@ -64,3 +64,9 @@ def test_components_that_closed_gates_shut_off_are_neither_counted_nor_saved(run
     fresh = trained.fresh_model()
     apply_adapter(fresh, read_adapter(tmp_path / "adapter"))
     assert torch.allclose(trained.logits_of(fresh), trained.logits_of(session.model), atol=1e-5)
+
+
+def test_layers_that_read_one_input_are_joined_before_training(run: Any) -> None:
+    joined = {name: layer.siblings for name, layer in run("method=dora", "budget=r2").session.layers.items()}
+    groups = {id(s): [n.rpartition(".")[2] for n, t in joined.items() if t is s] for s in joined.values() if s}
+    assert list(groups.values()) == [["query", "key", "value"]] * 2

@@ -46,7 +46,8 @@ def overrides(names: dict[str, str]) -> list[str]:
     adapter, allocator = load(ADAPTERS, names["adapter"], key=""), load(ALLOCATORS, names["allocator"], key="")
     words = [f"{group}={names[group]}" for group in ("adapter", "importance", "allocator")]
     if allocator.scores:
-        words += ["allocator.interval=2", "schedule.start=2", "schedule.end=8"]
+        interval = 6 if names["importance"] == "ablation" else 2  # two forward passes per component and event
+        words += [f"allocator.interval={interval}", "schedule.start=2", "schedule.end=8"]
         words += ["schedule=constant" if allocator.mode == "constant" else "schedule=linear"]
     if adapter.budgeted:
         words += ["budget=r2"] + (["adapter.rank=4"] if allocator.mode == "shrink" else [])

@@ -53,7 +53,7 @@ def test_a_static_method_spreads_the_same_budget(dora_train: Train, tmp_path: Pa
     assert ranks == [3] * 6 + [2] * 6
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "head", "alora", "aflora"])
+@pytest.mark.parametrize("method", ["lora", "full", "head", pytest.param("alora", marks=pytest.mark.slow), "aflora"])
 def test_the_other_methods_learn_too(method: str, dora_train: Train, tmp_path: Path) -> None:
     options = ["train.learning_rate=3e-3"] if method == "full" else []
     budget = [] if method in ("full", "head") else ["budget=r2"]

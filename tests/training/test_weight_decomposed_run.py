@@ -181,6 +181,7 @@ def test_the_command_starts_from_another_runs_adapter(dora_train: Train, tmp_pat
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 def test_low_precision_recomputation_and_accumulation_train(dora_train: Train, tmp_path: Path) -> None:
     words = ["train.precision=bf16", "train.gradient_checkpointing=true", "train.accumulation=2", "adapter.dropout=0.1"]
     assert (
