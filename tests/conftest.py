@@ -2,10 +2,10 @@
 and one thread, since tiny tensors gain from no more.
 """
 
-import json
-import random
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,48 +59,23 @@ def stack() -> Callable[..., Stack]:
     return make
 
 
-GOOD = ["good", "great", "fine", "lovely", "bright"]
-BAD = ["bad", "awful", "poor", "dull", "grim"]
-FILLER = ["the", "film", "was", "a", "story", "and", "plot", "with", "cast", "of"]
+@pytest.fixture(scope="session")
+def tiny() -> Any:
+    """``scripts/faults/tiny.py``, which makes the model and the data."""
+    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "scripts" / "faults" / "tiny.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLER]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(folder)
+def model_dir(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tiny.make_model(tmp_path_factory.mktemp("model"))
     return folder
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    draw = random.Random(0)
-    for split, n in (("train", 96), ("validation", 32)):
-        with (folder / f"{split}.jsonl").open("w") as file:
-            for i in range(n):
-                words = [*draw.choices(FILLER, k=draw.randint(2, 9)), draw.choice((BAD, GOOD)[i % 2])]
-                draw.shuffle(words)
-                file.write(json.dumps({"text": " ".join(words), "label": ("negative", "positive")[i % 2]}) + "\n")
+def data_dir(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tiny.make_data(tmp_path_factory.mktemp("data"))
     return folder

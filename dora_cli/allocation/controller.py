@@ -98,16 +98,22 @@ class Allocation:
         if self.allocator.compacts:
             self.table.mute()
 
-    def after_step(self, step: int, optimizer: Optimizer) -> dict[str, Any] | None:
+    def after_step(self, step: int, optimizer: Optimizer, *, sound: bool = True) -> dict[str, Any] | None:
         """Score, act if it is time, and keep closed what is dropped. Gradients must still be there.
+
+        Args:
+            sound: False where the step was not taken because its loss or gradient was not finite: events fall all the
+                same, on what was seen before.
 
         Returns:
             What happened, where an event fell on this step: step, budget, alive, params and ranks per module.
         """
-        if self.regularizer.decoupled and self.regularizer.active(step, self.window):
+        if sound and self.regularizer.decoupled and self.regularizer.active(step, self.window):
             self.regularizer.after_step(self.table, self._learning_rate(optimizer))
         self.allocator.after_step(self.table, step, self.window)
-        if self.allocator.observes(step, self.window):
+        if not sound:
+            self.importance.forget_step()
+        elif self.allocator.observes(step, self.window):
             self.importance.update(self.table, step)
         event = self._act(step, optimizer) if self.is_event(step) else None
         self.table.hold()

@@ -1,20 +1,31 @@
 """Files and folders that appear whole or not at all.
 
-Everything is written beside its final name, as ``.NAME.tmp-<pid>-<random>``, flushed to the disk (files, then
-folders), and renamed last. A killed process leaves at most such a leftover, which no reader takes for the real thing.
+Everything is written beside its final name, as ``.NAME.tmp-HOST-PID-TOKEN-N``, flushed to the disk (files, then
+folders), and renamed last. A killed process leaves at most such a leftover, which no reader takes for the real thing,
+and which the next writer of that name removes.
 """
 
 import ctypes
+import glob
 import os
+import re
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
+from itertools import count
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+HOST = sha256(socket.gethostname().encode()).hexdigest()[:6]  # a process number says nothing about other machines
+TOKEN = secrets.token_hex(4)  # of this process; in a container the next one may well have the same number
+LEFTOVER = re.compile(r"\..+\.tmp-([0-9a-f]{6})-(\d+)-([0-9a-f]{8})-\d+", re.DOTALL)
+_numbers = count()
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -99,8 +110,50 @@ def _whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path, name: str = "*") -> list[Path]:
+    """Remove what processes of this machine that are gone have left unfinished in ``folder`` under ``name``.
+
+    Args:
+        name: of the file or folder they were writing, or a pattern.
+
+    Returns:
+        What was removed.
+    """
+    swept = []
+    for path in folder.glob(f".{name}.tmp-*"):
+        if _is_orphan(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            swept.append(path)
+    return swept
+
+
+def _is_orphan(name: str) -> bool:
+    found = LEFTOVER.fullmatch(name)
+    if found is None or found[1] != HOST or os.name != "posix":
+        return False
+    pid, token = int(found[2]), found[3]
+    return token != TOKEN if pid == os.getpid() else not is_alive(pid)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this machine has a process of this number (POSIX; elsewhere it is taken to have)."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    sweep(path.parent, glob.escape(path.name))
+    return path.with_name(f".{path.name}.tmp-{HOST}-{os.getpid()}-{TOKEN}-{next(_numbers)}")
 
 
 def _sync(path: Path) -> None:

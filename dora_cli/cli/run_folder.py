@@ -9,12 +9,14 @@ from dora_cli.errors import UserError
 
 CONFIG, SUMMARY, METRICS, RANKS, LOG = "config.yaml", "summary.json", "metrics.jsonl", "ranks.json", "train.log"
 ADAPTER, MERGED, CHECKPOINTS = "adapter", "merged", "checkpoints"
+# Hidden files (the lock, leftovers of killed processes) count for nothing.
 OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, "report.html")
 
 # What may differ between an interrupted run and its resumption: logging, saving, workers, cache, how it was called.
 FREE_ON_RESUME = (
     *("out", "resume", "overwrite", "dry_run", "offline", "save.merged"),
-    *("train.log_every", "train.save_every", "train.keep_last", "train.workers", "data.cache"),
+    *("train.log_every", "train.save_every", "train.keep_last", "train.workers", "train.max_skipped"),
+    "data.cache",
 )
 
 
@@ -28,19 +30,26 @@ def is_finished(out: Path) -> bool:
     return (out / SUMMARY).exists()
 
 
-def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder whose content would be lost.
+def check_ours(out: Path) -> None:
+    """Refuse a place where a run can't be.
 
     Raises:
-        UserError: it holds a run and neither ``resume`` nor ``overwrite`` is set, or something that is no run.
+        UserError: it is a file, or a folder that holds something that is no run.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out} is a file", hint="choose another out=DIR")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not _is_run(out):
+    if out.exists() and not _is_run(out):
         raise UserError(f"out={out} holds files that are no run of dora-train's", hint="choose another out=DIR")
-    if resume or overwrite:
+
+
+def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a run's folder whose content would be lost.
+
+    Raises:
+        UserError: it holds a run and neither ``resume`` nor ``overwrite`` is set.
+    """
+    empty = not out.exists() or all(path.name.startswith(".") for path in out.iterdir())
+    if empty or resume or overwrite:
         return
     if is_finished(out):
         raise UserError(

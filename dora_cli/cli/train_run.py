@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from dora_cli.checkpoints.adapter_format import (
     write_square,
 )
 from dora_cli.checkpoints.apply import start_from
-from dora_cli.checkpoints.atomic import atomic_write_text
+from dora_cli.checkpoints.atomic import atomic_write_text, sweep
 from dora_cli.checkpoints.merge import merge
 from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, save_checkpoint
 from dora_cli.cli import run_folder
+from dora_cli.cli.lock import locked
 from dora_cli.config.compose import Composed
 from dora_cli.evaluation.metrics import build_metrics
 from dora_cli.evaluation.predict import evaluate
@@ -39,7 +40,9 @@ from dora_cli.training.setup import Begin, Session, build
 from dora_cli.training.state import Progress, capture, restore
 from dora_cli.training.summary import rank_map, summarise
 
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+# 128 and the signal's number. SIGUSR1 is what Slurm can be asked to send before it takes a job away.
+STOPPING = [s for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (s := getattr(signal, name, None)) is not None]
+EXIT_CODES = {s.name: 128 + s for s in STOPPING}
 
 
 def run(composed: Composed) -> int:
@@ -52,23 +55,49 @@ def run(composed: Composed) -> int:
     budget = config.budget if composed.parts["adapter"].budgeted else None
     default = run_folder.default_out(composed.recipe, composed.method, budget, config.seed)
     out = Path(config.out) if config.out else default
-    if not config.dry_run:
-        run_folder.check_free(out, resume=config.resume, overwrite=config.overwrite)
-        if config.resume and run_folder.is_finished(out):
-            print(f"{out} is finished; nothing to resume")
-            return 0
-        if config.resume and (out / run_folder.CONFIG).exists():
-            saved = (out / run_folder.CONFIG).read_text(encoding="utf-8")
-            run_folder.check_same(saved, composed.yaml, out / run_folder.CONFIG)
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    checkpoint, messages = newest_checkpoint(out / run_folder.CHECKPOINTS) if config.resume else (None, [])
+    if config.dry_run:
+        print_plan(describe(_build(composed, None), str(out)))
+        return 0
+    run_folder.check_ours(out)
+    with ExitStack() as stack:
+        there = out.exists()
+        if there:
+            stack.enter_context(locked(out))
+        if not _may_go(composed, out):
+            return 0
+        checkpoint, messages = newest_checkpoint(out / run_folder.CHECKPOINTS) if config.resume else (None, [])
+        session = _build(composed, checkpoint)
+        print_plan(describe(session, str(out)))
+        if not there:  # a folder is made when all that can be known has been looked at
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out))
+            run_folder.check_free(out, resume=config.resume, overwrite=config.overwrite)  # someone may have been faster
+        return _Run(session, out, checkpoint, messages).go()
+
+
+def _may_go(composed: Composed, out: Path) -> bool:
+    """Whether there is anything to do in ``out``.
+
+    Raises:
+        UserError: something there would be lost, or is to be resumed under another configuration.
+    """
+    config = composed.config
+    run_folder.check_free(out, resume=config.resume, overwrite=config.overwrite)
+    if config.resume and run_folder.is_finished(out):
+        print(f"{out} is finished; nothing to resume")
+        return False
+    if config.resume and (out / run_folder.CONFIG).exists():
+        saved = (out / run_folder.CONFIG).read_text(encoding="utf-8")
+        run_folder.check_same(saved, composed.yaml, out / run_folder.CONFIG)
+    return True
+
+
+def _build(composed: Composed, checkpoint: Path | None) -> Session:
     session = build(composed, None if checkpoint else _begin(composed))
     build_metrics(session.task.metric_names, session.task.num_labels)  # a wrong name, before the folder is made
-    print_plan(describe(session, str(out)))
-    if config.dry_run:
-        return 0
-    return _Run(session, out, checkpoint, messages).go()
+    return session
 
 
 def _begin(composed: Composed) -> Begin | None:
@@ -88,11 +117,14 @@ class _Run:
     ) -> None:
         self.session, self.out, self.progress = session, out, Progress()
         self.signal: str | None = None
+        self.saved = 0  # the step of the last checkpoint
         self.messages = list(messages)
         config = session.config
         if not config.resume and out.exists():
             run_folder.clear(out)
         out.mkdir(parents=True, exist_ok=True)
+        for folder in (out, out / run_folder.CHECKPOINTS):
+            sweep(folder)  # of all that was being written when a process was killed here
         atomic_write_text(out / run_folder.CONFIG, session.composed.yaml)
         if checkpoint is not None:
             self.progress = restore(session, *load_checkpoint(checkpoint))
@@ -119,6 +151,7 @@ class _Run:
             save=self._save,
             log=self._log,
             event=self._event,
+            skipped=self._skipped,
             evaluated=self._evaluated,
             stop=lambda: self.signal,
         )
@@ -127,7 +160,8 @@ class _Run:
                 self.view.line(message)
             stopped = train(self.session, self.progress, hooks)
             if stopped:
-                self.view.line(f"{stopped}: saved step {self.progress.step}; go on with resume=true")
+                state = f"saved step {self.progress.step}" if self.saved == self.progress.step else "nothing saved"
+                self.view.line(f"{stopped}: {state}; go on with resume=true")
             elif self.signal:
                 self.view.line(f"{self.signal} came at the last step: the run is complete")
         if stopped:
@@ -157,12 +191,17 @@ class _Run:
         write_result(self.session, self.out / run_folder.ADAPTER, record)
 
     def _save(self) -> None:
+        tensors, rest = capture(self.session, self.progress)
+        if not all(bool(torch.isfinite(t).all()) for t in tensors["model"].values()):
+            self.view.line(f"step {self.progress.step} not saved: its weights are not finite")
+            return
         self.metrics.sync()
         self._write_ranks()
         folder = self.out / run_folder.CHECKPOINTS
         folder.mkdir(exist_ok=True)
         keep = self.session.config.train.keep_last
-        save_checkpoint(folder, self.progress.step, *capture(self.session, self.progress), keep_last=keep)
+        save_checkpoint(folder, self.progress.step, tensors, rest, keep_last=keep)
+        self.saved = self.progress.step
 
     def _log(self, record: dict[str, Any]) -> None:
         self.metrics.write(record)
@@ -171,6 +210,11 @@ class _Run:
     def _event(self, record: dict[str, Any]) -> None:
         self.metrics.write({"step": record["step"], "split": ALLOCATION, **record})
         self.view.event(record)
+
+    def _skipped(self, record: dict[str, Any]) -> None:
+        self.metrics.write(record)
+        guilty = f", rows {', '.join(map(str, record['guilty'][:8]))} of train" if record["guilty"] else ""
+        self.view.line(f"step {record['step']} skipped: its {record['what']} is not finite{guilty}")
 
     def _evaluated(self, record: dict[str, Any], better: bool) -> None:
         for split, metrics in record["metrics"].items():
@@ -195,7 +239,7 @@ class _Run:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks the loop to save and stop; a second one ends the process at once."""
+        """The first of ``STOPPING`` asks the loop to save and stop; a second one ends the process at once."""
 
         def handle(number: int, _: object) -> None:
             name = signal.Signals(number).name
@@ -204,7 +248,7 @@ class _Run:
             self.signal = name
             self.view.line(f"{name}: saving after this step; once more ends at once")
 
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, handle) for s in STOPPING}
         try:
             yield
         finally:

@@ -69,6 +69,7 @@ class TrainConfig:
     log_every: int = key(10, "optimizer steps between log lines", low=1)
     save_every: int | float | None = key(None, "steps, or a share of the run below 1; null: every epoch", above=0)
     keep_last: int = key(2, "checkpoints to keep", low=1)
+    max_skipped: int = key(10, "steps to skip whose loss or gradient is not finite, before the run stops", low=0)
     patience: int | None = key(None, "stop after this many evaluations without a better metric; null: never", low=1)
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
     compile: bool = key(False, "torch.compile the model")

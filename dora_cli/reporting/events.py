@@ -20,7 +20,7 @@ class MetricsFile:
     def __init__(self, path: Path, keep_until: int | None = None) -> None:
         self.path = path
         records = [r for r in read_metrics(path) if r["step"] <= keep_until] if keep_until is not None else []
-        partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        partial = path.with_name(f".{path.name}.tmp")  # one run per folder: nobody else writes it
         partial.write_text("".join(_line(r) for r in records), encoding="utf-8")
         partial.replace(path)
         self._file = path.open("a", encoding="utf-8")

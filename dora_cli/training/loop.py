@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from dora_cli.errors import UserError
-from dora_cli.modes import autocast
+from dora_cli.modes import autocast, evaluating
 from dora_cli.training.setup import Session
 from dora_cli.training.state import Progress
+
+SKIPPED = "skipped"  # the "split" of steps that were not taken
 
 
 @dataclass
@@ -20,7 +22,8 @@ class Hooks:
     """What the loop needs of other rooms, handed in by ``cli``.
 
     ``evaluate() → {split: {metric: value}}``, ``export(record)`` writes the weights as they are as the run's result,
-    ``save()`` writes a checkpoint, ``log`` and ``event`` take one record each, ``stop() → name of a signal or None``.
+    ``save()`` writes a checkpoint, ``log``, ``event`` and ``skipped`` take one record each, ``stop() → name of a signal
+    or None``.
     """
 
     evaluate: Callable[[], dict[str, dict[str, float]]]
@@ -28,6 +31,7 @@ class Hooks:
     save: Callable[[], None]
     log: Callable[[dict[str, Any]], None]
     event: Callable[[dict[str, Any]], None]
+    skipped: Callable[[dict[str, Any]], None]
     evaluated: Callable[[dict[str, Any], bool], None]
     stop: Callable[[], str | None]
 
@@ -50,6 +54,7 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
         # The number of rows (or tokens) that the loss averages over must be known before the first backward.
         micro_batches = [next(stream) for _ in range(accumulation)]
         count = sum(task.count(batch) for batch in micro_batches)
+        step_loss = torch.zeros((), device=device)
         for i, batch in enumerate(micro_batches):
             meter.count(batch)
             if session.masks is not None:
@@ -58,28 +63,34 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
             with autocast(device, session.autocast_dtype):
                 loss = task.loss(session.forward, batch).total  # the outputs must not live into the next forward pass
             (loss / count).backward()
-            meter.add(loss.detach() / count)
+            step_loss += loss.detach() / count
 
         session.allocation.after_backward(step)
         # In the model's order, which freezing, thawing and resuming leave alone: the norm is then the same to the bit.
         trained = [p for p in session.candidates() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm) if config.clip_norm else None
-        session.optimizer.step()
-        event = session.allocation.after_step(step, session.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        # The one number of a step that the host waits for: what is not finite must never reach the weights.
+        sound = math.isfinite(step_loss + norm)
+        if sound:
+            if config.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(trained, config.clip_norm, norm)
+            session.optimizer.step()
+            meter.add(step_loss)
+            progress.trained += sum(p.numel() for p in trained)
+        event = session.allocation.after_step(step, session.optimizer, sound=sound)
         learning_rate = float(session.scheduler.get_last_lr()[0])
         session.scheduler.step()
         session.optimizer.zero_grad(set_to_none=True)
         progress.step = step
-        meter.step()
-        progress.trained += sum(p.numel() for p in trained)
+        meter.step(sound=sound)
 
+        if not sound:
+            _skipped(session, progress, hooks, step_loss)
         if event is not None:
             progress.events.append(event)
             hooks.event(event)
-        if step % config.log_every == 0 or step == total:
-            record = meter.record(step, learning_rate, norm, session)
-            hooks.log(record)
-            _refuse_divergence(step, record["loss"], "loss")
+        if (step % config.log_every == 0 or step == total) and progress.pending_steps:
+            hooks.log(meter.record(step, learning_rate, norm, session))
         stopping = hooks.stop()
         if step % evaluate_every == 0 or step == total:
             if _evaluate(session, progress, hooks):
@@ -94,6 +105,46 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
         if stopping:
             return stopping
     return None
+
+
+def _skipped(session: Session, progress: Progress, hooks: Hooks, loss: Tensor) -> None:
+    """Count a step that changed nothing, and say which of its rows are to blame.
+
+    Raises:
+        UserError: it is one too many.
+    """
+    step, most = progress.step, session.config.train.max_skipped
+    progress.skipped += 1
+    what = "gradient" if bool(torch.isfinite(loss)) else "loss"
+    rows = session.rows_of(step)
+    # One by one: a row with a broken label or value, among others that are fine.
+    guilty = [row for row in rows if not math.isfinite(_loss_of(session, row))]
+    hooks.skipped({"step": step, "split": SKIPPED, "what": what, "rows": rows, "guilty": guilty})
+    if progress.skipped <= most:
+        return
+    message = f"the {what} is not finite at step {step}, after {most} such steps that were skipped"
+    slower = "lower train.learning_rate, or set train.clip_norm; earlier checkpoints are untouched"
+    if len(guilty) == len(rows):
+        raise UserError(f"{message}: the run has diverged", where=f"rows of train: {_brief(rows)}", hint=slower)
+    if guilty:
+        raise UserError(
+            message,
+            where=f"rows of train that have no finite loss by themselves: {_brief(guilty)} (from 0)\n"
+            f"the first: {session.rows.where('train', guilty[0])}",
+            hint="mend or drop them, or allow more with train.max_skipped; earlier checkpoints are untouched",
+        )
+    raise UserError(message, where=f"rows of train, each with a finite loss: {_brief(rows)}", hint=slower)
+
+
+def _brief(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+
+
+def _loss_of(session: Session, row: int) -> float:
+    """The loss of one row under the weights as they are, in eval mode."""
+    batch = {k: v.to(session.device) for k, v in session.encoded["train"].batch([row]).items()}
+    with evaluating(session.model), torch.no_grad(), autocast(session.device, session.autocast_dtype):
+        return float(session.task.loss(session.model, batch).total)
 
 
 def _evaluate(session: Session, progress: Progress, hooks: Hooks) -> bool:
@@ -167,8 +218,8 @@ class _Meter:
     def add(self, loss: Tensor) -> None:
         self.loss += loss
 
-    def step(self) -> None:
-        self.progress.pending_steps += 1
+    def step(self, *, sound: bool) -> None:
+        self.progress.pending_steps += sound
         now = time.perf_counter()
         self.progress.seconds += now - self.since
         self.since = now

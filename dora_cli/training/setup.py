@@ -97,6 +97,12 @@ class Session:
         plan, pin = self.plan.stream(first), self.device.type == "cuda"
         return batches(self.encoded["train"], plan, workers=self.config.train.workers, pin=pin)
 
+    def rows_of(self, step: int) -> list[int]:
+        """The training rows of a step."""
+        per_step = self.config.train.accumulation
+        stream = self.plan.stream((step - 1) * per_step)
+        return [row for _ in range(per_step) for row in next(stream)]
+
     def candidates(self) -> list[nn.Parameter]:
         """Every parameter that may have a gradient, in the model's order; looked up only after a change of shapes."""
         if self._candidates is None or self._candidates[0] != self.allocation.table.version:

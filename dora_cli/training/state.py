@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dora_cli.errors import UserError
 from dora_cli.training.setup import Session
 
+FORMAT = 1  # of a checkpoint; another one is refused
 SEPARATOR = "|"  # between a parameter's full name and the name of its moment
 
 
@@ -28,6 +30,7 @@ class Progress:
     trained: int = 0  # trainable parameters, summed over steps
     pending_loss: float = 0.0  # of the steps since the last log
     pending_steps: int = 0
+    skipped: int = 0  # steps whose loss or gradient was not finite
     events: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -45,6 +48,8 @@ def capture(session: Session, progress: Progress) -> tuple[dict[str, dict[str, T
         "random": _random_tensors(),
     }
     rest = {
+        "format": FORMAT,
+        "data": session.encoded["train"].fingerprint(),
         # Events stand in metrics.jsonl, which is cut back to the checkpoint.
         "progress": {k: v for k, v in asdict(progress).items() if k != "events"},
         "scheduler": {"last_epoch": session.scheduler.last_epoch},
@@ -55,9 +60,24 @@ def capture(session: Session, progress: Progress) -> tuple[dict[str, dict[str, T
 
 
 def restore(session: Session, tensors: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Any]) -> Progress:
-    """Put a captured state back into a freshly built session: shapes first, then values, moments and random states."""
+    """Put a captured state back into a freshly built session: shapes first, then values, moments and random states.
+
+    Raises:
+        UserError: it is of another version's format, or was trained on other data.
+    """
     from dora_cli.training.optim import build_optimizer, build_scheduler
 
+    if rest.get("format") != FORMAT:
+        raise UserError(
+            f"resume=true: the checkpoint has format {rest.get('format')}, this version reads {FORMAT}",
+            hint="go on with the version that wrote it, or start anew in another out=DIR",
+        )
+    if rest["data"] != session.encoded["train"].fingerprint():
+        raise UserError(
+            "resume=true: the training data is not the interrupted run's",
+            where=f"now {len(session.encoded['train']):,} rows; some lengths, labels or tokens differ",
+            hint="put the data (and the tokenizer) back as they were, or start anew in another out=DIR",
+        )
     session.allocation.load_state_dict(_join(tensors["allocation"], rest["allocation"]))
     trained = dict(session.model.named_parameters())
     with torch.no_grad():

@@ -44,6 +44,7 @@ def summarise(session: Session, progress: Progress) -> dict[str, Any]:
             "steps": progress.step,
             "samples": progress.samples,
             "tokens": progress.tokens,
+            "skipped": progress.skipped,
             "seconds": round(progress.seconds, 3),
             "samples_per_second": round(progress.samples / seconds, 2),
             "tokens_per_second": round(progress.tokens / seconds, 1),

@@ -48,7 +48,7 @@ def test_a_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
         (folder / "in").mkdir()
         (folder / "in" / "y").write_text("2")
         assert not (tmp_path / "deep" / "a").exists()
-        assert folder.name.startswith(f".a.tmp-{os.getpid()}-")
+        assert folder.name.startswith(f".a.tmp-{atomic.HOST}-{os.getpid()}-")
     assert names(tmp_path / "deep") == ["a"] and names(tmp_path / "deep" / "a") == ["in", "x"]
 
 
@@ -216,3 +216,50 @@ def test_every_damage_is_named(damage: Any, message: str, tmp_path: Path) -> Non
     damage(folder)
     with pytest.raises(UserError, match=message):
         verify_manifest(folder)
+
+
+# leftovers
+
+
+def leave(folder: Path, name: str, *, host: str = atomic.HOST, pid: int = 1, token: str = "0" * 8) -> Path:
+    path = folder / f".{name}.tmp-{host}-{pid}-{token}-0"
+    path.mkdir()
+    (path / "x").write_text("half")
+    return path
+
+
+def a_dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from dora_cli.checkpoints.atomic import atomic_folder\n"
+        "with atomic_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'x').write_text('1'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "a[1]*")], check=False)
+    assert len(names(tmp_path)) == 1
+    atomic_write_text(tmp_path / "other", "")
+    assert len(names(tmp_path)) == 2  # not its business
+    with atomic_folder(tmp_path / "a[1]*"):
+        pass
+    assert names(tmp_path) == ["a[1]*", "other"]
+
+
+def test_only_what_is_orphaned_is_swept(tmp_path: Path) -> None:
+    dead = a_dead_process()
+    gone = [leave(tmp_path, "a", pid=dead), leave(tmp_path, "b", pid=os.getpid()), leave(tmp_path, "c\nd", pid=dead)]
+    (tmp_path / f".f.tmp-{atomic.HOST}-{dead}-{'0' * 8}-1").write_text("half")
+    kept = [
+        leave(tmp_path, "a", pid=os.getppid()),
+        leave(tmp_path, "a", pid=os.getpid(), token=atomic.TOKEN),
+        leave(tmp_path, "a", pid=dead, host="ffffff" if atomic.HOST != "ffffff" else "000000"),
+    ]
+    (tmp_path / ".mine.tmp-1").write_text("")
+    (tmp_path / "a").write_text("")
+    assert len(atomic.sweep(tmp_path)) == len(gone) + 1
+    assert names(tmp_path) == sorted([".mine.tmp-1", "a", *(path.name for path in kept)])
+    assert atomic.sweep(tmp_path / "nowhere") == []

@@ -119,7 +119,8 @@ class KillAndRevive(Allocator):
     def after_backward(self, table: UnitTable, step: int, window: Window) -> None:
         """Read those gradients and take them away again: they weigh nothing in clipping and move nothing."""
         if self.probing:
-            self.worth = torch.stack([_gradient_size(layer) for layer in table.layers]).cpu()
+            # Of a step that is skipped the sizes may be no numbers; such modules are revived last.
+            self.worth = torch.stack([_gradient_size(layer) for layer in table.layers]).cpu().nan_to_num(0.0, 0.0, 0.0)
             self._probe(False)
 
     def report(self, table: UnitTable) -> dict[str, Any]:

@@ -26,6 +26,9 @@ class Importance:
     def update(self, table: UnitTable, step: int) -> None:
         """Look at weights and gradients after an optimizer step, up to the final choice. No host transfer."""
 
+    def forget_step(self) -> None:
+        """The step was not taken: let go of what its backward pass has left."""
+
     def close_period(self, table: UnitTable) -> None:
         """An event has come: what is measured from one event to the next ends here. Before ``scores``."""
 

@@ -50,10 +50,13 @@ class ModuleSensitivity(Importance):
         spread = self.beta_uncertainty * self.spread[index] + (1 - self.beta_uncertainty) * (now - mean).abs()
         self.mean[index], self.spread[index] = mean, spread
 
-    def close_period(self, table: UnitTable) -> None:
-        """Let go of a step that nobody looked at (``prune_peft`` does not at the last)."""
+    def forget_step(self) -> None:
         self.updates.clear()
         self.gradients.clear()
+
+    def close_period(self, table: UnitTable) -> None:
+        """Let go of a step that nobody looked at (``prune_peft`` does not at the last)."""
+        self.forget_step()
 
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
         return (self.mean * self.spread).cpu()[table.module]

@@ -1,0 +1,29 @@
+"""Small versions of the fault campaigns; the large ones are started by hand (docs/reliability.md)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = Path(__file__).parents[2] / "scripts" / "faults"
+
+
+def campaign(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(FAULTS / script), *words], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
+def test_killed_runs_end_where_they_would_have_ended(tmp_path: Path) -> None:
+    done = campaign(
+        "kill.py", "--kills", "5", "--methods", "dora", "--folder", str(tmp_path), "--json", str(tmp_path / "out.json")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())["results"]["dora"]
+    assert sum(found["kills"].values()) == 5
+    assert found["ended"] >= 1
+    assert found["wrong"] == []
