@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text, save_tensors
+from dora_cli.checkpoints.manifest import write_manifest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -272,3 +273,4 @@ def _write(
         atomic_write_text(folder / METHOD, json.dumps(dict(method), indent=2))
         if state:
             save_tensors(folder / STATE, state)
+        write_manifest(folder)

@@ -20,6 +20,7 @@ import torch
 
 from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text
 from dora_cli.checkpoints.base_folder import CONFIG, INDEX, SINGLE, copy_small_files, open_base, resolve_base
+from dora_cli.checkpoints.manifest import verify_if_listed, write_manifest
 from dora_cli.checkpoints.merge_plan import plan_merge
 from dora_cli.checkpoints.merged_config import merged_config, require_family
 from dora_cli.checkpoints.peft_io import read_adapter
@@ -91,7 +92,9 @@ def merge(
     name = base or adapter.base_name
     if not name:
         raise UserError(f"{adapter.folder} does not say which model it was trained on", hint="set base=")
-    model = open_base(resolve_base(name, None if base else adapter.revision))
+    base_folder = resolve_base(name, None if base else adapter.revision)
+    verify_if_listed(base_folder)
+    model = open_base(base_folder)
     require_family(adapter, model)
 
     pieces, left_out = plan_merge(adapter, model, OUTPUT_DTYPES[dtype])
@@ -105,6 +108,7 @@ def merge(
         atomic_write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         copy_small_files(model.folder, folder)
         copy_small_files(adapter.folder, folder)  # a tokenizer that was saved with the adapter is the newer one
+        write_manifest(folder)
     return MergeReport(
         out=out,
         base=model.folder,

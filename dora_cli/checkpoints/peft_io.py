@@ -24,6 +24,7 @@ from dora_cli.checkpoints.adapter_format import (
     WeightDecomposed,
 )
 from dora_cli.checkpoints.json_io import read_json, strings, take
+from dora_cli.checkpoints.manifest import verify_if_listed
 from dora_cli.checkpoints.safetensors_io import FLOATS, Entry, read_header, read_tensor
 from dora_cli.errors import UserError
 
@@ -123,6 +124,7 @@ def read_adapter(path: Path) -> AdapterFile:
             or it is of a kind that is not read here.
     """
     folder = adapter_folder(Path(path))
+    verify_if_listed(folder)
     file = folder / CONFIG
     config = read_json(file)
     kind = take(config, "peft_type", str, file)

@@ -9,6 +9,7 @@ from typing import Any
 
 from dora_cli.checkpoints.apply import apply_adapter
 from dora_cli.checkpoints.atomic import atomic_write_text
+from dora_cli.checkpoints.manifest import verify_if_listed
 from dora_cli.checkpoints.peft_io import AdapterFile, read_adapter
 from dora_cli.cli import run_folder
 from dora_cli.cli.parts import load_parts
@@ -115,6 +116,8 @@ def _load(
         name, revision = own["checkpoint"], None
     else:
         name, revision = own.get("base") or adapter.base_name or config.model.name, adapter.revision
+    if Path(name).is_dir():
+        verify_if_listed(name)
     loaded = load_model(
         replace(config.model, name=name, revision=None if "base" in own else revision),
         auto_class=task.auto_class,

@@ -24,6 +24,7 @@ from dora_cli.checkpoints.adapter_format import (
 )
 from dora_cli.checkpoints.apply import start_from
 from dora_cli.checkpoints.atomic import atomic_write_text, sweep
+from dora_cli.checkpoints.manifest import verify_if_listed
 from dora_cli.checkpoints.merge import merge
 from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -95,6 +96,8 @@ def _may_go(composed: Composed, out: Path) -> bool:
 
 
 def _build(composed: Composed, checkpoint: Path | None) -> Session:
+    if Path(composed.config.model.name).is_dir():
+        verify_if_listed(composed.config.model.name)
     session = build(composed, None if checkpoint else _begin(composed))
     build_metrics(session.task.metric_names, session.task.num_labels)  # a wrong name, before the folder is made
     return session

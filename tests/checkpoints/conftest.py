@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from dora_cli.checkpoints import adapter_format
 from dora_cli.checkpoints.adapter_format import LowRank, write_adapter
 
 # architecture → (config class, its arguments, class the base is saved from, base_model_prefix, head)
@@ -55,6 +56,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str, str, str]] = {
         "score",
     ),
 }
+
+
+@pytest.fixture
+def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters without a manifest, as PEFT writes them: what stands in the files is all that can be checked."""
+    monkeypatch.setattr(adapter_format, "write_manifest", lambda folder: None)
 
 
 @dataclass

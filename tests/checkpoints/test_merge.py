@@ -211,6 +211,7 @@ def test_a_causal_model_keeps_its_tied_embedding(make_case: MakeCase, tmp_path: 
     torch.testing.assert_close(case.logits(merged), case.logits(base), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("unlisted")
 def test_square_conv1d_weights_follow_the_others_of_their_kind(make_case: MakeCase, tmp_path: Path) -> None:
     case = make_case("gpt2")
     assert any(u.a.shape[1] == u.b.shape[0] and u.rank for u in case.updates)
@@ -234,6 +235,7 @@ def test_small_files_come_along_and_the_adapters_tokenizer_wins(make_case: MakeC
     assert sorted(os.listdir(tmp_path / "out")) == [
         "config.json",
         "generation_config.json",
+        "manifest.json",
         "model.safetensors",
         "special_tokens_map.json",
         "tokenizer_config.json",

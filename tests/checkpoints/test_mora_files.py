@@ -24,6 +24,7 @@ from dora_cli.errors import UserError
 
 MakeCase = Callable[..., Any]  # tests/checkpoints/conftest.py
 KINDS = ["bert", "roberta", "gpt2", "llama"]
+pytestmark = pytest.mark.usefixtures("unlisted")
 SIDES = (0, 6, 8, 10)  # of 16 and 24: those that divide and those that do not
 
 

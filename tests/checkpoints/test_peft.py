@@ -20,7 +20,10 @@ MakeCase = Callable[..., Any]  # tests/checkpoints/conftest.py
 KINDS = ["bert", "roberta", "gpt2", "llama"]
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and transformers warn about themselves
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # PEFT and transformers warn about themselves
+    pytest.mark.usefixtures("unlisted"),
+]
 
 
 def peft_logits(case: Any, adapter: Path) -> torch.Tensor:
