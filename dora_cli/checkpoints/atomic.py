@@ -22,6 +22,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dora_cli.errors import UserError
+
 HOST = sha256(socket.gethostname().encode()).hexdigest()[:6]  # a process number says nothing about other machines
 TOKEN = secrets.token_hex(4)  # of this process; in a container the next one may well have the same number
 LEFTOVER = re.compile(r"\..+\.tmp-([0-9a-f]{6})-(\d+)-([0-9a-f]{8})-\d+", re.DOTALL)
@@ -100,6 +102,8 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder", where="a file is to be written there", hint="move it out of the way")
     temporary = _beside(path)
     try:
         yield temporary

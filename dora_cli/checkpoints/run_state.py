@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,31 @@ STATE = "state.json"
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Any], *, keep_last: int
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    rest: Mapping[str, Any],
+    *,
+    copies: Iterable[Path] = (),
+    keep_last: int,
 ) -> Path:
     """Write one checkpoint into ``folder`` (the run's ``checkpoints``), then delete all but the newest ``keep_last``.
 
     Args:
         tensors: file stem → tensors, one safetensors file each.
         rest: what goes into ``state.json``.
+        copies: files and folders of the run as they are now, to be put back on resume; those that exist.
     """
     target = folder / f"{PREFIX}{step:08d}"
     with atomic_folder(target, replace=True) as partial:
         for stem, group in tensors.items():
             save_tensors(partial / f"{stem}.safetensors", dict(group))
         atomic_write_text(partial / STATE, json.dumps(rest))
+        for path in copies:
+            if path.is_dir():
+                shutil.copytree(path, partial / path.name)
+            elif path.exists():
+                shutil.copyfile(path, partial / path.name)
         write_manifest(partial)
     for old in _checkpoints(folder)[:-keep_last]:
         shutil.rmtree(old)
@@ -54,6 +66,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     """Read a checkpoint that ``newest_checkpoint`` found whole."""
     rest = json.loads((path / STATE).read_text(encoding="utf-8"))
     return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, rest
+
+
+def put_back(checkpoint: Path, folder: Path) -> None:
+    """Make ``folder`` what it was when ``checkpoint`` was written, where its copy is; absent where it was."""
+    copy = checkpoint / folder.name
+    if not copy.is_dir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        return
+    with atomic_folder(folder, replace=True) as partial:
+        shutil.copytree(copy, partial, dirs_exist_ok=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

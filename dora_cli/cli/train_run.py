@@ -27,7 +27,7 @@ from dora_cli.checkpoints.atomic import atomic_write_text, sweep
 from dora_cli.checkpoints.manifest import verify_if_listed
 from dora_cli.checkpoints.merge import merge
 from dora_cli.checkpoints.peft_io import read_adapter
-from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, save_checkpoint
+from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, put_back, save_checkpoint
 from dora_cli.cli import run_folder
 from dora_cli.cli.lock import locked
 from dora_cli.config.compose import Composed
@@ -131,8 +131,10 @@ class _Run:
         atomic_write_text(out / run_folder.CONFIG, session.composed.yaml)
         if checkpoint is not None:
             self.progress = restore(session, *load_checkpoint(checkpoint))
+            put_back(checkpoint, out / run_folder.ADAPTER)  # the best so far, or the last
             self.messages.append(f"resuming from {checkpoint}")
-        self.metrics = MetricsFile(out / run_folder.METRICS, self.progress.step if checkpoint else None)
+        # The checkpoint's own copy ends where it was written, and is known to be whole.
+        self.metrics = MetricsFile(out / run_folder.METRICS, checkpoint and checkpoint / run_folder.METRICS)
         self.progress.events = [
             {k: v for k, v in r.items() if k != "split"} for r in self.metrics.records if r["split"] == ALLOCATION
         ]
@@ -203,7 +205,10 @@ class _Run:
         folder = self.out / run_folder.CHECKPOINTS
         folder.mkdir(exist_ok=True)
         keep = self.session.config.train.keep_last
-        save_checkpoint(folder, self.progress.step, tensors, rest, keep_last=keep)
+        copies = [self.metrics.path]
+        if self.progress.best or self.progress.last:
+            copies.append(self.out / run_folder.ADAPTER)
+        save_checkpoint(folder, self.progress.step, tensors, rest, copies=copies, keep_last=keep)
         self.saved = self.progress.step
 
     def _log(self, record: dict[str, Any]) -> None:

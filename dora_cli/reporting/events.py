@@ -14,12 +14,12 @@ class MetricsFile:
 
     Args:
         path: the file.
-        keep_until: on resume, records of later steps than this are cut away; None starts a new file.
+        start: the file as it was when the checkpoint was written from which the run goes on; None starts a new one.
     """
 
-    def __init__(self, path: Path, keep_until: int | None = None) -> None:
+    def __init__(self, path: Path, start: Path | None = None) -> None:
         self.path = path
-        records = [r for r in read_metrics(path) if r["step"] <= keep_until] if keep_until is not None else []
+        records = read_metrics(start) if start is not None else []
         partial = path.with_name(f".{path.name}.tmp")  # one run per folder: nobody else writes it
         partial.write_text("".join(_line(r) for r in records), encoding="utf-8")
         partial.replace(path)

@@ -70,8 +70,10 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
 
 
-def live(words: list[str], log: Path, strike: Callable[[], Any] | None) -> int | None:
-    """One life of a run in a process of its own.
+def live(
+    words: list[str], log: Path, strike: Callable[[], Any] | None, *, command: Callable[[list[str]], int] = dora_train
+) -> int | None:
+    """One life of a run, or of another command, in a process of its own.
 
     Args:
         strike: returns when the process is to be killed; None lets it live.
@@ -84,7 +86,7 @@ def live(words: list[str], log: Path, strike: Callable[[], Any] | None) -> int |
         with log.open("a", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-            code = dora_train(words)
+            code = command(words)
             sys.stdout.flush()
             os._exit(code)
     if strike is not None:
