@@ -49,6 +49,10 @@ class Siblings:
         self._state: tuple[object, ...] = ()
         self._waiting: dict[int, Tensor] = {}  # position → output
 
+    def forget(self) -> None:
+        """Let go of what a pass that ended early has left."""
+        self._input, self._waiting = None, {}
+
     def output(self, layer: Fusable, x: Tensor) -> Tensor:
         """The output of one of them, which can be computed as a node."""
         if x.is_inference():  # such tensors do not say whether they were written into
@@ -65,13 +69,14 @@ class Siblings:
         return out
 
 
-def join(layers: Mapping[str, Any], run: Callable[[], object]) -> list[list[str]]:
+def join(layers: Mapping[str, Any], run: Callable[[], object]) -> dict[tuple[str, ...], Siblings]:
     """Make siblings of layers of one parent that ``run``, a forward pass, always calls in turn with the same tensor.
 
-    Only of such as sum components; and where their masks differ they stay alone.
+    Only of such as sum components; and where their masks differ they stay alone. The pass should be one of training:
+    dropout before a layer gives each its own input, which evaluation does not show.
 
     Returns:
-        The names of each group, in the order of the calls.
+        Names in the order of the calls → their group.
     """
     layers = {name: layer for name, layer in layers.items() if layer.sums_components}
     calls = _calls(layers, run) if len(layers) > 1 else []
@@ -79,11 +84,9 @@ def join(layers: Mapping[str, Any], run: Callable[[], object]) -> list[list[str]
     for names in calls:
         for name in names:
             seen.setdefault(name, set()).add(names)
-    groups = [list(names) for names in dict.fromkeys(calls) if len(names) > 1 and all(len(seen[n]) == 1 for n in names)]
+    groups = [names for names in dict.fromkeys(calls) if len(names) > 1 and all(len(seen[n]) == 1 for n in names)]
     groups = [g for g in groups if len({layers[name].mask_group for name in g if layers[name].masks is not None}) < 2]
-    for group in groups:
-        Siblings(layers[name] for name in group)
-    return groups
+    return {names: Siblings(layers[name] for name in names) for names in groups}
 
 
 def _calls(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list[tuple[str, ...]]:

@@ -110,9 +110,11 @@ class Allocation:
         """
         if sound and self.regularizer.decoupled and self.regularizer.active(step, self.window):
             self.regularizer.after_step(self.table, self._learning_rate(optimizer))
-        self.allocator.after_step(self.table, step, self.window)
+        self.allocator.after_step(self.table, step, self.window, sound=sound)
         if not sound:
             self.importance.forget_step()
+            if self.regularizer.active(step, self.window):
+                self.regularizer.forget_step()
         elif self.allocator.observes(step, self.window):
             self.importance.update(self.table, step)
         event = self._act(step, optimizer) if self.is_event(step) else None

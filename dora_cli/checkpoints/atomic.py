@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -24,7 +24,18 @@ from torch import Tensor
 
 from dora_cli.errors import UserError
 
-HOST = sha256(socket.gethostname().encode()).hexdigest()[:6]  # a process number says nothing about other machines
+
+def _where() -> str:
+    """What a process number is unique in: this machine, and of its containers this one."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/etc/machine-id").read_text(encoding="utf-8", errors="replace"))
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return sha256("\0".join(parts).encode()).hexdigest()[:6]
+
+
+HOST = _where()
 TOKEN = secrets.token_hex(4)  # of this process; in a container the next one may well have the same number
 LEFTOVER = re.compile(r"\..+\.tmp-([0-9a-f]{6})-(\d+)-([0-9a-f]{8})-\d+", re.DOTALL)
 _numbers = count()
@@ -114,22 +125,28 @@ def _whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path, name: str = "*") -> list[Path]:
+def sweep(folder: Path, name: str = "*", *, everyone: bool = False) -> list[Path]:
     """Remove what processes of this machine that are gone have left unfinished in ``folder`` under ``name``.
 
     Args:
         name: of the file or folder they were writing, or a pattern.
+        everyone: also what processes elsewhere have left: for a folder in which nobody else can be writing, but for
+            evaluations (``eval-*``, ``predictions-*``), whose leftovers stay.
 
     Returns:
         What was removed.
     """
     swept = []
     for path in folder.glob(f".{name}.tmp-*"):
-        if _is_orphan(path.name):
+        mine = f"-{os.getpid()}-{TOKEN}-" in path.name
+        elsewhere = everyone and not mine and not path.name.startswith((".eval-", ".predictions-"))
+        if not elsewhere and not _is_orphan(path.name):
+            continue
+        with suppress(OSError):  # another user's
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path)
             else:
-                path.unlink(missing_ok=True)
+                path.unlink()
             swept.append(path)
     return swept
 

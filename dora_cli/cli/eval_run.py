@@ -9,6 +9,7 @@ from typing import Any
 
 from dora_cli.checkpoints.apply import apply_adapter
 from dora_cli.checkpoints.atomic import atomic_write_text
+from dora_cli.checkpoints.json_io import read_json
 from dora_cli.checkpoints.manifest import verify_if_listed
 from dora_cli.checkpoints.peft_io import AdapterFile, read_adapter
 from dora_cli.cli import run_folder
@@ -39,6 +40,8 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
             where=f"looked for {folder.absolute()}",
             hint="name a run, an adapter or a model folder; a model of the hub (OWNER/NAME) needs recipe= too",
         )
+    if folder.is_dir():
+        verify_if_listed(folder)
     adapter = _adapter(folder)
     config = compose(_recipe(own, folder, overrides), load_parts(), config_dirs).config
     split = own.get("split", "validation")
@@ -97,8 +100,8 @@ def _labels(adapter: AdapterFile | None, folder: Path) -> list[str] | None:
         names = adapter.method.get("model_config", {}).get("id2label")
     else:
         file = folder / "config.json"
-        names = json.loads(file.read_text(encoding="utf-8")).get("id2label") if file.exists() else None
-    if not names:
+        names = read_json(file).get("id2label") if file.exists() else None
+    if not isinstance(names, dict) or not all(str(key).isdecimal() for key in names):
         return None
     ordered = [str(names[key]) for key in sorted(names, key=int)]
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(ordered)) or len(ordered) < 2 else ordered

@@ -7,6 +7,7 @@ import atexit
 import errno
 import gc
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,6 +25,7 @@ from dora_cli.registry import did_you_mean
 
 USER_MISTAKE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 MAX_LINES = 6
+LONG_WORD = re.compile(r"\S{500,}")  # no path of ours; a value, or what stands in a file
 
 FORESEEN = {
     errno.ENOSPC: "free some space, or choose another disk with out=DIR",
@@ -31,6 +33,8 @@ FORESEEN = {
     errno.EROFS: "choose a folder that can be written, with out=DIR",
     errno.EACCES: "choose a folder that you may write and files that you may read",
     errno.EPERM: "choose a folder that you may write and files that you may read",
+    errno.EISDIR: "a file is to be there: move the folder out of the way",
+    errno.ENOTDIR: "a folder is to be there: move the file out of the way",
 }
 FLAGS = {
     "-h": "help",
@@ -140,7 +144,7 @@ def print_error(message: str, where: str | None = None, hint: str | None = None)
     width = shutil.get_terminal_size().columns if sys.stderr.isatty() else 10_000
     lines: list[str] = []
     for text in (f"error: {message}", where, hint):
-        for line in (text or "").splitlines():
+        for line in LONG_WORD.sub(_shortened, text or "").splitlines():
             indent = "  " if lines else ""
             lines += textwrap.wrap(
                 line,
@@ -154,6 +158,10 @@ def print_error(message: str, where: str | None = None, hint: str | None = None)
     if len(lines) > MAX_LINES:
         lines = [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1] + " …"]
     print("\n".join(lines), file=sys.stderr)
+
+
+def _shortened(word: re.Match[str]) -> str:
+    return f"{word[0][:60]} … {word[0][-60:]}"
 
 
 def _foreseen(error: Exception) -> tuple[str, str | None, str] | None:

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError, safe_load
+
 from dora_cli.config.record import recipe_of
 from dora_cli.errors import UserError
 
@@ -28,6 +30,11 @@ def default_out(recipe: str, method: str, budget: Any, seed: int) -> Path:
 
 def is_finished(out: Path) -> bool:
     return (out / SUMMARY).exists()
+
+
+def is_run(out: Path) -> bool:
+    """Whether a run has begun there."""
+    return (out / CONFIG).exists()
 
 
 def check_ours(out: Path) -> None:
@@ -86,7 +93,11 @@ def check_same(saved_yaml: str, yaml: str, where: Path) -> None:
     Raises:
         UserError: naming what differs, from what to what.
     """
-    saved, new = _flat(saved_yaml), _flat(yaml)
+    try:
+        saved, new = _flat(saved_yaml), _flat(yaml)
+    except YAMLError as error:
+        cause = str(error).splitlines()[0]
+        raise UserError(f"{where} is damaged", where=cause, hint="start anew in another out=DIR") from None
     different = [
         f"{key}: {saved.get(key)} → {new.get(key)}"
         for key in sorted(saved.keys() | new.keys())
@@ -103,8 +114,6 @@ def check_same(saved_yaml: str, yaml: str, where: Path) -> None:
 
 def _flat(text: str) -> dict[str, Any]:
     """Dotted key → value of a configuration file, without its defaults list."""
-    import yaml
-
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -114,7 +123,9 @@ def _flat(text: str) -> dict[str, Any]:
         else:
             flat[prefix] = node
 
-    content = yaml.safe_load(text)
+    content = safe_load(text)
+    if not isinstance(content, dict):
+        raise YAMLError("no mapping")
     content.pop("defaults", None)
     walk(content, "")
     return flat

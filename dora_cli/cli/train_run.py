@@ -31,6 +31,7 @@ from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, p
 from dora_cli.cli import run_folder
 from dora_cli.cli.lock import locked
 from dora_cli.config.compose import Composed
+from dora_cli.errors import UserError
 from dora_cli.evaluation.metrics import build_metrics
 from dora_cli.evaluation.predict import evaluate
 from dora_cli.reporting.events import ALLOCATION, MetricsFile, jsonable
@@ -62,37 +63,27 @@ def run(composed: Composed) -> int:
         print_plan(describe(_build(composed, None), str(out)))
         return 0
     run_folder.check_ours(out)
+    if config.resume and run_folder.is_finished(out):
+        print(f"{out} is finished; nothing to resume")
+        return 0
     with ExitStack() as stack:
-        there = out.exists()
-        if there:
-            stack.enter_context(locked(out))
-        if not _may_go(composed, out):
-            return 0
+        there = run_folder.is_run(out)
+        held = stack.enter_context(locked(out)) if there else False
+        run_folder.check_free(out, resume=config.resume, overwrite=config.overwrite)
         checkpoint, messages = newest_checkpoint(out / run_folder.CHECKPOINTS) if config.resume else (None, [])
+        saved = (checkpoint or out) / run_folder.CONFIG  # the checkpoint's own copy is known to be whole
+        if config.resume and saved.exists():
+            run_folder.check_same(saved.read_text(encoding="utf-8", errors="replace"), composed.yaml, saved)
         session = _build(composed, checkpoint)
         print_plan(describe(session, str(out)))
         if not there:  # a folder is made when all that can be known has been looked at
             out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(out))
-            run_folder.check_free(out, resume=config.resume, overwrite=config.overwrite)  # someone may have been faster
+            held = stack.enter_context(locked(out))
+            if run_folder.is_run(out):
+                raise UserError(f"out={out} was taken by another process meanwhile", hint="choose another out=DIR")
+        for folder in (out, out / run_folder.CHECKPOINTS):
+            sweep(folder, everyone=held)  # of all that was being written when a process was killed here
         return _Run(session, out, checkpoint, messages).go()
-
-
-def _may_go(composed: Composed, out: Path) -> bool:
-    """Whether there is anything to do in ``out``.
-
-    Raises:
-        UserError: something there would be lost, or is to be resumed under another configuration.
-    """
-    config = composed.config
-    run_folder.check_free(out, resume=config.resume, overwrite=config.overwrite)
-    if config.resume and run_folder.is_finished(out):
-        print(f"{out} is finished; nothing to resume")
-        return False
-    if config.resume and (out / run_folder.CONFIG).exists():
-        saved = (out / run_folder.CONFIG).read_text(encoding="utf-8")
-        run_folder.check_same(saved, composed.yaml, out / run_folder.CONFIG)
-    return True
 
 
 def _build(composed: Composed, checkpoint: Path | None) -> Session:
@@ -126,8 +117,6 @@ class _Run:
         if not config.resume and out.exists():
             run_folder.clear(out)
         out.mkdir(parents=True, exist_ok=True)
-        for folder in (out, out / run_folder.CHECKPOINTS):
-            sweep(folder)  # of all that was being written when a process was killed here
         atomic_write_text(out / run_folder.CONFIG, session.composed.yaml)
         if checkpoint is not None:
             self.progress = restore(session, *load_checkpoint(checkpoint))
@@ -205,7 +194,7 @@ class _Run:
         folder = self.out / run_folder.CHECKPOINTS
         folder.mkdir(exist_ok=True)
         keep = self.session.config.train.keep_last
-        copies = [self.metrics.path]
+        copies = [self.metrics.path, self.out / run_folder.CONFIG]
         if self.progress.best or self.progress.last:
             copies.append(self.out / run_folder.ADAPTER)
         save_checkpoint(folder, self.progress.step, tensors, rest, copies=copies, keep_last=keep)

@@ -4,12 +4,15 @@ import csv
 import glob
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dora_cli.errors import UserError
+
+DEEP = "it is nested too deeply"
 
 
 def read(path: Path) -> Any:
@@ -62,13 +65,16 @@ def _root(error: BaseException) -> BaseException:
 def _read_json(path: Path) -> Any:
     import datasets
 
-    for _ in _lines(path):  # Arrow takes bytes that are no UTF-8, and fails when a row is looked at
-        pass
+    # Arrow takes bytes that are no UTF-8, and fails when a row is looked at; a file of `null` ends the process.
+    firsts = Counter(text.lstrip()[:1] for _, text in _lines(path))
+    sound = not _json_problem(path) if _is_json_list(path) else firsts.keys() - {""} == {"{"}
     try:
+        if not sound:
+            raise ValueError("not objects")
         # Names are read as patterns, so a bracket in one must be escaped.
         files = {"train": glob.escape(str(path))}
         return datasets.load_dataset("json", data_files=files, split="train")
-    except (StopIteration, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (StopIteration, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
         line, problem = _json_problem(path) or (None, first_line(_root(error)))
         at = f"{path}, line {line}" if line else str(path)
         hint = "the list must hold objects" if _is_json_list(path) else "every line must be one object"
@@ -82,6 +88,8 @@ def _json_problem(path: Path) -> tuple[int | None, str] | None:
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
             return error.lineno, f"{error.msg} at column {error.colno}"
+        except RecursionError:
+            return None, DEEP
         wrong = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
         return (None, f"entry {wrong[0] + 1} is no object") if wrong else None
     kinds: dict[str, str] = {}
@@ -92,6 +100,8 @@ def _json_problem(path: Path) -> tuple[int | None, str] | None:
             row = json.loads(text, object_pairs_hook=_no_repeats)
         except json.JSONDecodeError as error:
             return line, f"{error.msg} at column {error.colno}"
+        except RecursionError:
+            return line, DEEP
         except ValueError as error:
             return line, str(error)
         if not isinstance(row, dict):

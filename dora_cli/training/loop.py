@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,8 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
     save_every = _every(config.save_every, total, session.steps_per_epoch)
     stream = session.micro_batches(progress.step * accumulation)
     meter = _Meter(device, progress)
+    # torch says so where the very first step is skipped; the rate goes by the step's number, taken or not.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
     model.train()
 
     for step in range(progress.step + 1, total + 1):
@@ -59,6 +62,8 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
             meter.count(batch)
             if session.masks is not None:
                 session.masks.move(step, i)
+            for siblings in session.siblings:
+                siblings.forget()
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             with autocast(device, session.autocast_dtype):
                 loss = task.loss(session.forward, batch).total  # the outputs must not live into the next forward pass
@@ -75,7 +80,7 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
             if config.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(trained, config.clip_norm, norm)
             session.optimizer.step()
-            meter.add(step_loss)
+            meter.add(step_loss, norm)
             progress.trained += sum(p.numel() for p in trained)
         event = session.allocation.after_step(step, session.optimizer, sound=sound)
         learning_rate = float(session.scheduler.get_last_lr()[0])
@@ -90,7 +95,7 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
             progress.events.append(event)
             hooks.event(event)
         if (step % config.log_every == 0 or step == total) and progress.pending_steps:
-            hooks.log(meter.record(step, learning_rate, norm, session))
+            hooks.log(meter.record(step, learning_rate, session))
         stopping = hooks.stop()
         if step % evaluate_every == 0 or step == total:
             if _evaluate(session, progress, hooks):
@@ -124,25 +129,26 @@ def _skipped(session: Session, progress: Progress, hooks: Hooks, loss: Tensor) -
         return
     message = f"the {what} is not finite at step {step}, after {most} such steps that were skipped"
     slower = "lower train.learning_rate, or set train.clip_norm; earlier checkpoints are untouched"
-    if len(guilty) == len(rows):
-        raise UserError(f"{message}: the run has diverged", where=f"rows of train: {_brief(rows)}", hint=slower)
-    if guilty:
-        raise UserError(
-            message,
-            where=f"rows of train that have no finite loss by themselves: {_brief(guilty)} (from 0)\n"
-            f"the first: {session.rows.where('train', guilty[0])}",
-            hint="mend or drop them, or allow more with train.max_skipped; earlier checkpoints are untouched",
-        )
-    raise UserError(message, where=f"rows of train, each with a finite loss: {_brief(rows)}", hint=slower)
+    if not guilty:
+        raise UserError(message, where=f"rows of train, each with a finite loss: {_brief(rows)}", hint=slower)
+    place = f"rows of train that have no finite loss by themselves: {_brief(guilty)} (from 0)\n"
+    place += f"the first: {session.rows.where('train', guilty[0])}"
+    if len(guilty) == len(rows) and not math.isfinite(_loss_of(session, 0, "validation")):
+        raise UserError(f"{message}: the run has diverged", where=place, hint=slower)
+    raise UserError(
+        message,
+        where=place,
+        hint=f"mend the data and start anew, or skip more: resume=true train.max_skipped={2 * most + 10}",
+    )
 
 
 def _brief(rows: list[int]) -> str:
     return ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
 
 
-def _loss_of(session: Session, row: int) -> float:
+def _loss_of(session: Session, row: int, role: str = "train") -> float:
     """The loss of one row under the weights as they are, in eval mode."""
-    batch = {k: v.to(session.device) for k, v in session.encoded["train"].batch([row]).items()}
+    batch = {k: v.to(session.device) for k, v in session.encoded[role].batch([row]).items()}
     with evaluating(session.model), torch.no_grad(), autocast(session.device, session.autocast_dtype):
         return float(session.task.loss(session.model, batch).total)
 
@@ -207,6 +213,7 @@ class _Meter:
     def __init__(self, device: torch.device, progress: Progress) -> None:
         self.progress = progress
         self.loss = torch.tensor(progress.pending_loss, device=device)
+        self.norm = torch.tensor(torch.nan)  # of the last step that was taken
         self.since = time.perf_counter()
         self.samples_before, self.seconds_before = progress.samples, progress.seconds
 
@@ -215,8 +222,9 @@ class _Meter:
         self.progress.samples += len(batch["input_ids"])
         self.progress.tokens += int(batch["attention_mask"].sum())
 
-    def add(self, loss: Tensor) -> None:
+    def add(self, loss: Tensor, norm: Tensor) -> None:
         self.loss += loss
+        self.norm = norm
 
     def step(self, *, sound: bool) -> None:
         self.progress.pending_steps += sound
@@ -232,7 +240,7 @@ class _Meter:
         """Put the loss of a half-logged stretch where a checkpoint finds it."""
         self.progress.pending_loss = float(self.loss)
 
-    def record(self, step: int, learning_rate: float, norm: Tensor | float | None, session: Session) -> dict[str, Any]:
+    def record(self, step: int, learning_rate: float, session: Session) -> dict[str, Any]:
         progress = self.progress
         seconds = progress.seconds - self.seconds_before
         record: dict[str, Any] = {
@@ -242,9 +250,8 @@ class _Meter:
             "learning_rate": learning_rate,
             "samples_per_second": round((progress.samples - self.samples_before) / max(seconds, 1e-9), 1),
             "alive": session.allocation.alive_count(),
+            "gradient_norm": float(self.norm),
         }
-        if norm is not None:
-            record["gradient_norm"] = float(norm)
         regularizer = session.allocation.regularizer
         if regularizer.acts:
             record["regularizer"] = regularizer.value(session.allocation.table)

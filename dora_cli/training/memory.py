@@ -11,7 +11,6 @@ tensors is common. So each tensor's bytes are also asked for and given back with
 
 import copy
 import ctypes
-import random
 import sys
 import weakref
 from bisect import bisect_left
@@ -21,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dora_cli.modes import autocast, evaluating
+from dora_cli.modes import autocast, evaluating, same_random_numbers
 from dora_cli.training.optim import build_optimizer
 from dora_cli.training.setup import Batch, Session
 from dora_cli.training.summary import MIB, kernel_count, peak_rss_mib
@@ -212,15 +210,12 @@ def _twin(model: nn.Module) -> nn.Module:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Leave gradients and random numbers as they are."""
     gradients = [(p, p.grad) for p in model.parameters()]
-    states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with same_random_numbers():
             yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _fake_tensors() -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dora_cli.adapters.base import AdapterLayer, linear_shape
 from dora_cli.adapters.dropout import Masks
 from dora_cli.adapters.inject import inject, remove
-from dora_cli.adapters.siblings import join
+from dora_cli.adapters.siblings import Siblings, join
 from dora_cli.allocation import rules
 from dora_cli.allocation.budget import Budget
 from dora_cli.allocation.controller import Allocation
@@ -25,7 +25,7 @@ from dora_cli.data.tasks import build_task
 from dora_cli.data.tasks.base import Task
 from dora_cli.errors import UserError
 from dora_cli.models.load import load_model
-from dora_cli.modes import autocast, evaluating
+from dora_cli.modes import autocast, evaluating, rehearsing
 from dora_cli.training.optim import build_optimizer, build_scheduler
 from dora_cli.training.sizing import asked_budget, check_values, sized_targets
 from dora_cli.training.start import fill, passes
@@ -77,6 +77,7 @@ class Session:
     steps_per_epoch: int
     plan: LengthGroupedBatches
     masks: Masks | None  # of the adapters' dropout
+    siblings: list[Siblings]  # layers that are computed together
     notes: Sequence[str]  # of the start that looked at data, for the plan
     forward: nn.Module = field(init=False)  # the model, or its compiled form
     _candidates: tuple[int, list[nn.Parameter]] | None = None
@@ -216,8 +217,8 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
     allocation.on_empty(lambda name: remove(model, name))
     optimizer = build_optimizer(model, layers, loaded.head_modules, config.train)
     masks = parts["adapter"].masks(layers, config.seed)
-    if not config.train.compile:
-        join(layers, _first_row(model, task, encoded["train"], device, dtype))
+    first = _first_row(model, task, encoded["train"], device, dtype)
+    siblings = [] if config.train.compile else list(join(layers, first).values())
     return Session(
         composed=composed,
         model=model,
@@ -239,6 +240,7 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         steps_per_epoch=steps_per_epoch,
         plan=plan,
         masks=masks,
+        siblings=siblings,
         notes=start.notes if start is not None else (),
     )
 
@@ -265,11 +267,11 @@ def _lower(model: nn.Module, dtype: torch.dtype) -> None:
 def _first_row(
     model: nn.Module, task: Task, encoded: Encoded, device: torch.device, dtype: torch.dtype | None
 ) -> Callable[[], object]:
-    """A forward pass on one row in eval mode, which leaves no trace."""
+    """A forward pass on one row as in training, which leaves no trace."""
     batch = {k: v.to(device) for k, v in encoded.batch([0]).items()}
 
     def run() -> None:
-        with evaluating(model), torch.no_grad(), autocast(device, dtype):
+        with rehearsing(model), torch.no_grad(), autocast(device, dtype):
             task.loss(model, batch)
 
     return run

@@ -36,7 +36,7 @@ def summarise(session: Session, progress: Progress) -> dict[str, Any]:
         "unit": table.kind if session.layers else "none",  # what components_* count
         "head_params": head,
         "trained_params": sum(p.numel() for p in session.trained_parameters().values()),
-        "trained_params_mean": round(progress.trained / max(progress.step, 1)),  # over the run's steps
+        "trained_params_mean": round(progress.trained / max(progress.step - progress.skipped, 1)),  # over its steps
         "metrics": chosen["metrics"] if chosen else {},
         "best": _brief(progress.best),
         "last": _brief(progress.last),

@@ -51,7 +51,7 @@ from dora_cli.allocation.regularizers.dem import Dem
 from dora_cli.allocation.regularizers.orthogonal import Orthogonal
 from dora_cli.allocation.schedules import CubicEarly, CubicLate
 from dora_cli.models.targets import find_targets
-from dora_cli.modes import evaluating
+from dora_cli.modes import rehearsing
 
 VARIANTS = (
     "floor", "full", "peft_lora", "lora", "dora", "dora_pruned", "peft_adalora", "adalora",
@@ -100,7 +100,7 @@ def make(variant: str, base: nn.Module, batch: dict[str, torch.Tensor], options:
     else:
         hooks = our_hooks(variant, model, targets, dropout, options.rank)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
-        with evaluating(model), torch.no_grad():
+        with rehearsing(model), torch.no_grad():
             join(layers, lambda: model(**batch))
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

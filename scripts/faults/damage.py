@@ -5,7 +5,7 @@
 Each case is a copy with one file emptied, deleted, cut short, with zeros at its end, with one bit flipped, with bytes
 after its end, exchanged with its neighbour, or turned into a folder. Then the commands that read it are run. A case is
 `refused` (exit code 2 and a message), `harmless` (the very result of the undamaged one), `unknowable` (one bit in a
-base's weights, which carry no hashes), or wrong: a traceback, another exit code, or another result without a word.
+base's files, which carry no hashes), or wrong: a traceback, another exit code, or another result without a word.
 """
 
 import argparse
@@ -37,7 +37,6 @@ COMMON = [
     "train.eval_every=4", "train.log_every=1", "train.learning_rate=0.01",
 ]  # fmt: skip
 CUT = 12  # the step after whose checkpoint the interrupted run was interrupted
-WEIGHTS = ("model/model.safetensors",)
 
 
 @dataclass
@@ -199,15 +198,19 @@ def attempt(reader: Reader, folder: Path) -> tuple[int, str, str]:
 
 
 def judge(case_file: str, damage: str, code: int, said: str, same: bool) -> str:
-    if "Traceback" in said or code not in (0, 2):
+    if "Traceback" in said or code not in (0, 1, 2):
         return "WRONG: a traceback" if "Traceback" in said else f"WRONG: exit code {code}"
-    if code == 2:
+    if code:  # 1 where the disk is to blame, such as a folder that stands in a file's place
         return (
             "refused" if "error: " in said and len(said.strip().splitlines()) < 40 else "WRONG: refused without a word"
         )
     if same:
         return "harmless"
-    return "unknowable" if case_file in WEIGHTS and damage == "flip" else "WRONG: another result, and nothing said"
+    return (
+        "unknowable"
+        if case_file.startswith("model/") and damage == "flip"
+        else "WRONG: another result, and nothing said"
+    )
 
 
 def campaign(source: Path, work: Path, cases: int, seed: int) -> list[Case]:

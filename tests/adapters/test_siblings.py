@@ -16,6 +16,7 @@ from dora_cli.adapters.lora import Lora
 from dora_cli.adapters.mora import Mora
 from dora_cli.adapters.resize import resize
 from dora_cli.adapters.siblings import join
+from dora_cli.modes import rehearsing
 
 D = 24
 
@@ -268,6 +269,48 @@ def test_they_keep_one_input_between_them() -> None:
     assert kept(joined=True) == kept(joined=False)
 
 
+def test_a_pass_that_ends_early_leaves_nothing_once_it_is_forgotten() -> None:
+    _, layers = made()
+    x = inputs()
+    layers["q_proj"](x)
+    group = layers["q_proj"].siblings
+    assert group._input is x and len(group._waiting) == 2
+    group.forget()
+    assert group._input is None and not group._waiting
+    for name in NAMES[:3]:
+        layers[name](x)
+    assert group._input is None and not group._waiting  # nothing is held beyond the pass
+
+
+class Dropping(Attention):
+    """Drops before each of them: in training their inputs differ."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def drop(x: Tensor) -> Tensor:
+            return nn.functional.dropout(x, 0.5, self.training)
+
+        gate = torch.sigmoid(self.q_proj(drop(x)) * self.k_proj(drop(x))).repeat(1, 1, 2)
+        out: Tensor = self.o_proj(gate * self.v_proj(drop(x)))
+        return out
+
+
+def test_a_rehearsal_shows_what_evaluation_does_not_and_leaves_no_trace() -> None:
+    model, layers = made(joined=False, kind=Dropping)
+    model.register_buffer("seen", torch.zeros(1))
+    model.register_forward_hook(lambda *_: model.seen.add_(1))
+    model.eval()
+    x = torch.randn(2, 3, D, dtype=torch.float64)
+    assert len(join(layers, lambda: model(x))) == 1
+    layers = made(joined=False, kind=Dropping)[1]
+    before = torch.get_rng_state()
+    with rehearsing(model), torch.no_grad():
+        assert model.training
+        assert join(layers, lambda: model(x)) == {}
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert float(model.seen) == 1
+
+
 class Relative(Attention):
     """Calls k once more, with something else, as DeBERTa does."""
 
@@ -308,7 +351,7 @@ class Written(Attention):
 def test_those_are_joined_that_are_always_called_in_turn(kind: Any, expected: list[list[str]]) -> None:
     model, layers = made(joined=False, kind=kind)
     x = torch.randn(2, 3, D, dtype=torch.float64)
-    assert join(layers, lambda: model(x)) == expected
+    assert [list(names) for names in join(layers, lambda: model(x))] == expected
     assert [n for n in NAMES if layers[n].siblings is None] == [
         n for n in NAMES if [n] != [m for group in expected for m in group if m == n]
     ]
@@ -323,11 +366,11 @@ def test_modules_of_two_parents_stay_apart() -> None:
     layers: Any = inject(blocks, ["0.k", "0.v", "1.k", "1.v"], Components(), [2] * 4)
     x = torch.randn(3, D)
     found = join(layers, lambda: [layer(x) for layer in layers.values()])
-    assert found == [["0.k", "0.v"], ["1.k", "1.v"]]
+    assert list(found) == [("0.k", "0.v"), ("1.k", "1.v")]
 
 
 def test_masks_of_their_own_and_updates_of_another_kind_stay_alone() -> None:
     assert all(layer.siblings is None for layer in made(Components(dropout=0.1, shared_dropout=False))[1].values())
     model = Attention().requires_grad_(False)
     layers: Any = inject(model, NAMES, Mora(), [2] * 4)
-    assert join(layers, lambda: pytest.fail("nothing to find out")) == []
+    assert join(layers, lambda: pytest.fail("nothing to find out")) == {}

@@ -263,3 +263,39 @@ def test_only_what_is_orphaned_is_swept(tmp_path: Path) -> None:
     assert len(atomic.sweep(tmp_path)) == len(gone) + 1
     assert names(tmp_path) == sorted([".mine.tmp-1", "a", *(path.name for path in kept)])
     assert atomic.sweep(tmp_path / "nowhere") == []
+
+
+def test_in_a_folder_of_ones_own_everything_goes_but_evaluations(tmp_path: Path) -> None:
+    other = "ffffff" if atomic.HOST != "ffffff" else "000000"
+    leave(tmp_path, "step-00000004", host=other)
+    (tmp_path / ".adapter.tmp-12-deadbeef").mkdir()  # of an older version
+    kept = [
+        leave(tmp_path, "eval-validation.json", host=other),
+        leave(tmp_path, "a", pid=os.getpid(), token=atomic.TOKEN),
+    ]
+    atomic.sweep(tmp_path, everyone=True)
+    assert names(tmp_path) == sorted(path.name for path in kept)
+
+
+def test_what_may_not_be_removed_hinders_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(tmp_path, "a", pid=a_dead_process())
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "not yours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.shutil, "rmtree", refuse)
+        assert atomic.sweep(tmp_path) == []
+        atomic_write_text(tmp_path / "a", "")
+    assert (tmp_path / "a").exists()
+
+
+def test_a_process_of_another_user_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError(1, "not yours")
+
+    assert atomic.is_alive(os.getppid())
+    assert not atomic.is_alive(a_dead_process())
+    assert not atomic.is_alive(10**30)
+    monkeypatch.setattr(atomic.os, "kill", refuse)
+    assert atomic.is_alive(1)

@@ -14,6 +14,17 @@ from dora_cli.data.tasks.base import Loss
 from dora_cli.data.tasks.classification import Classification
 
 Train = Callable[..., int]
+AS_IF = [
+    ["lora", "budget=r2"],
+    ["dora", "budget=r2", "adapter.rank=4", "schedule.start=3"],
+    ["adalora", "budget=r2", "adapter.rank=4", "schedule.start=3", "regularizer.weight=0.5"],
+    ["sora", "budget=r2", "adapter.rank=4"],
+    ["bayesian_lora", "budget=r2", "adapter.rank=4", "regularizer.target_rank=2"],
+    ["elalora", "budget=r2", "schedule.start=3"],
+    ["dlora", "budget=r2"],
+    ["aflora", "budget=r2", "importance.window=2"],
+    ["weight_decomposed", "budget=r2"],
+]
 WORDS = ["train.max_steps=20", "train.save_every=4", "train.eval_every=10", "train.log_every=1"]
 
 
@@ -38,7 +49,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
         def loss(self: Any, model: Any, batch: dict[str, Tensor]) -> Loss:
             found = real(self, model, batch)
-            if not model.training:
+            if not model.training or not torch.is_grad_enabled():  # an evaluation, a rehearsal
                 return found
             seen.append(len(seen) + 1)
             if seen[-1] not in steps:
@@ -82,22 +93,50 @@ def test_such_steps_are_skipped_and_leave_nothing_behind(
         assert sum(summary["ranks"].values()) == 24
 
 
+@pytest.mark.parametrize("words", AS_IF, ids=lambda words: words[0])
 def test_a_skipped_step_is_as_if_it_had_not_been(
-    dora_train: Train, broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], dora_train: Train, broken: Any, tmp_path: Path
 ) -> None:
-    """With a constant rate: the weights after it are those before it, moments and all."""
-    words = ["method=lora", "budget=r2", *WORDS, "train.scheduler=constant", "train.warmup=0.0", "train.save_every=1"]
-    words += ["train.keep_last=50"]
+    """Weights, moments, scores and whatever else there is: after it they are those before it. The fifth is no event."""
+    common = [*WORDS, "train.scheduler=constant", "train.warmup=0.0", "train.save_every=1", "train.keep_last=50"]
     broken(5)
-    assert dora_train(*words) == 0
+    assert dora_train(*[f"method={words[0]}", *words[1:]], *common, "train.max_steps=7") == 0
 
-    def state(step: int, name: str) -> dict[str, Tensor]:
-        return load_file(tmp_path / f"run/checkpoints/step-{step:08d}/{name}.safetensors")
+    def state(step: int) -> dict[str, Tensor]:
+        folder = tmp_path / f"run/checkpoints/step-{step:08d}"
+        tensors = {f"{n} {k}": v for n in ("model", "optimizer", "allocation") for k, v in of(folder / n).items()}
+        rest = json.loads((folder / "state.json").read_text())["allocation"]
+        return tensors | {f"rest {k}": torch.tensor(v) for k, v in rest.items() if isinstance(v, (int, float))}
 
-    for name in ("model", "optimizer"):
-        before, after, later = (state(step, name) for step in (4, 5, 6))
-        assert all(torch.equal(before[key], after[key]) for key in before)
-        assert any(not torch.equal(later[key], after[key]) for key in before)
+    def of(stem: Path) -> dict[str, Tensor]:
+        return load_file(stem.with_suffix(".safetensors"))
+
+    before, after, later = (state(step) for step in (4, 5, 6))
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    assert any(not torch.equal(later[key], after[key]) for key in before)
+
+
+def test_a_window_of_aflora_holds_steps_that_were_taken(dora_train: Train, broken: Any, tmp_path: Path) -> None:
+    """Windows of three: with the sixth step skipped the second one ends with the seventh."""
+    words = ["method=aflora", "budget=r2", "importance.window=3", *WORDS, "train.save_every=1", "train.keep_last=50"]
+    broken(6)
+    assert dora_train(*words, "schedule.end=9") == 0
+
+    def sums(step: int) -> float:
+        tensors = load_file(tmp_path / f"run/checkpoints/step-{step:08d}/allocation.safetensors")
+        return sum(float(t.sum()) for k, t in tensors.items() if k.startswith("importance|") and k.endswith(".0"))
+
+    assert sums(5) > 0
+    assert sums(6) == sums(5)
+    assert sums(7) == 0
+    assert sums(8) > 0
+
+
+def test_the_mean_of_what_trained_is_over_steps_that_were_taken(dora_train: Train, broken: Any, tmp_path: Path) -> None:
+    broken(3, 4)
+    assert dora_train("method=lora", "budget=r2", *WORDS) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["trained_params_mean"] == summary["trained_params"]
 
 
 def test_resuming_across_skipped_steps_gives_the_same_bits(
@@ -147,7 +186,30 @@ def test_the_row_to_blame_is_named(
     assert found
     assert all(5 in r["guilty"] and set(r["guilty"]) < set(r["rows"]) for r in found)
     out = capsys.readouterr().out
-    assert f"step {found[0]['step']} skipped: its loss is not finite, rows " in out
+    assert f"step {found[0]['step']} skipped: its loss is not finite, rows 5 of train" in out
+
+
+def test_rows_are_those_of_all_micro_batches(dora_train: Train, poisoned: list[int], tmp_path: Path) -> None:
+    words = ["method=lora", "budget=r1", "train.epochs=1", "train.batch_size=4", "train.accumulation=2"]
+    assert dora_train(*words, "train.eval_every=1000") in (0, 2)
+    found = [r for r in records(tmp_path / "run") if r["split"] == "skipped"]
+    assert found
+    assert all(len(set(r["rows"])) == 8 and 5 in r["guilty"] for r in found)
+
+
+def test_a_row_that_is_a_batch_is_to_blame_and_not_the_run(
+    dora_train: Train, poisoned: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["method=lora", "budget=r1", "train.max_skipped=0", "train.batch_size=1", "train.save_every=1"]
+    assert dora_train(*words, "train.eval_every=1000") == 2
+    said = capsys.readouterr().err
+    assert "diverged" not in said
+    assert "line 6" in said
+    assert "resume=true train.max_skipped=10" in said
+    assert dora_train(*words, "train.eval_every=1000", "train.max_steps=96", "resume=true", "train.max_skipped=10") == 2
+    assert "train.max_steps" in capsys.readouterr().err  # only that may differ
+    assert dora_train(*words, "train.eval_every=1000", "resume=true", "train.max_skipped=10") in (0, 2)
+    assert len([r for r in records(tmp_path / "run") if r["split"] == "skipped"]) > 1
 
 
 def test_too_many_end_the_run(

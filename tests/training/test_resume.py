@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -163,3 +164,42 @@ def test_resume_without_anything_to_resume_starts(dora_train: Train, tmp_path: P
 def test_old_checkpoints_go_and_the_newest_stay(dora_train: Train, tmp_path: Path) -> None:
     assert dora_train("method=lora", "budget=r1", "train.max_steps=20", "train.save_every=3", "train.keep_last=2") == 0
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000015", "step-00000018"]
+
+
+def test_other_data_is_refused(
+    dora_train: Train,
+    unplugged: Callable[..., None],
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(data_dir, tmp_path / "data")
+    words = ["method=lora", "budget=r1", "train.max_steps=12", "train.save_every=5", f"data.path={tmp_path}/data"]
+    unplugged(5, *words)
+    file = tmp_path / "data/train.jsonl"
+    before = file.read_text()
+    first = before.splitlines(keepends=True)[0]
+    for after in (before.replace("plot", "story", 1), before.replace("negative", "positive", 1), before + first):
+        file.write_text(after)
+        assert dora_train(*words, "resume=true") == 2
+        assert "the training data is not the interrupted run's" in capsys.readouterr().err
+    file.write_text(before)
+    assert dora_train(*words, "resume=true") == 0
+
+
+def test_what_a_killed_process_left_is_gone_and_a_lost_best_comes_back(
+    dora_train: Train, unplugged: Callable[..., None], tmp_path: Path
+) -> None:
+    words = ["method=lora", "budget=r2", "train.max_steps=20", "train.save_every=5", "train.eval_every=4"]
+    assert dora_train(*words, f"out={tmp_path}/whole") == 0
+    unplugged(15, *words)
+    run = tmp_path / "run"
+    (run / ".adapter.tmp-0123ab-1-deadbeef-0").mkdir()
+    (run / "checkpoints/.step-00000020.tmp-0123ab-1-deadbeef-1").mkdir()
+    shutil.rmtree(run / "adapter")
+    (run / "metrics.jsonl").write_text("{")
+    assert dora_train(*words, "resume=true") == 0
+    assert not [p for p in run.rglob(".*") if ".tmp" in p.name]
+    for name in ("adapter/adapter_model.safetensors", "ranks.json"):
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert outcome(run)[0] == outcome(tmp_path / "whole")[0]

@@ -108,8 +108,11 @@ class Allocator:
     def after_backward(self, table: UnitTable, step: int, window: Window) -> None:
         """Change gradients, at every step before clipping."""
 
-    def after_step(self, table: UnitTable, step: int, window: Window) -> None:
-        """Change parameters, at every step after the optimizer's and before scores and events."""
+    def after_step(self, table: UnitTable, step: int, window: Window, *, sound: bool = True) -> None:
+        """Change parameters, at every step after the optimizer's and before scores and events.
+
+        ``sound`` is False where the optimizer's was skipped: then nothing may move on its account.
+        """
 
     def act(self, event: Event) -> None:
         """Use the verbs."""

@@ -80,7 +80,7 @@ class Grow(Allocator):
             if gates.grad is not None:
                 gates.grad.index_fill_(0, spares, 0.0)
 
-    def after_step(self, table: UnitTable, step: int, window: Window) -> None:
+    def after_step(self, table: UnitTable, step: int, window: Window, *, sound: bool = True) -> None:
         """Weight decay and regularizers leave a held gate alone too."""
         for gates, spares in self._held(table):
             gates.detach().index_fill_(0, spares, SPARE_GATE)

@@ -111,7 +111,7 @@ class KillAndRevive(Allocator):
         self.states[self._next(idle, trial)] = PROBATION
         self._apply(event)
 
-    def after_step(self, table: UnitTable, step: int, window: Window) -> None:
+    def after_step(self, table: UnitTable, step: int, window: Window, *, sound: bool = True) -> None:
         """Before a step that ends with a revival by gradient, let gradients flow into idle modules."""
         if self.choice == "probe" and self._revives(step + 1, window):
             self._probe(True)

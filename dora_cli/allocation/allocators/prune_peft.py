@@ -35,7 +35,7 @@ class PrunePeft(Masked):
         """At the end itself the choice rests on what was seen before."""
         return step < window.end
 
-    def after_step(self, table: UnitTable, step: int, window: Window) -> None:
+    def after_step(self, table: UnitTable, step: int, window: Window, *, sound: bool = True) -> None:
         if step > window.end:
             table.keep(table.alive, final=False)  # the optimizer has moved the masked gates away from zero
 

@@ -32,8 +32,8 @@ class SoftThreshold(Prune):
                 hint="lower allocator.threshold or raise train.learning_rate (published: 3e-4 and 8e-4)",
             )
 
-    def after_step(self, table: UnitTable, step: int, window: Window) -> None:
-        if step > window.end:
+    def after_step(self, table: UnitTable, step: int, window: Window, *, sound: bool = True) -> None:
+        if step > window.end or not sound:
             return
         for group in table.groups():
             closer = softshrink(group.stack("c"), self.threshold)

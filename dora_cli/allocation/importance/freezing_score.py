@@ -29,9 +29,11 @@ class FreezingScore(Importance):
     def attach(self, table: UnitTable) -> None:
         # table row → sum over the window, mean, uncertainty, each in the tensor's shape
         self.state: dict[int, list[Tensor]] = {}
+        self.seen = 0  # steps of this window; those that were not taken do not count
         self._device = next(table.layers[0].parameters()).device if table.layers else torch.device("cpu")
 
     def update(self, table: UnitTable, step: int) -> None:
+        self.seen += 1
         for row, tensor in self._training(table):
             if tensor.grad is None:
                 continue
@@ -39,11 +41,12 @@ class FreezingScore(Importance):
                 self.state[row] = [torch.zeros_like(tensor.detach()) for _ in range(3)]
             total, mean, spread = self.state[row]
             total.add_(tensor.grad.abs())
-            if step % self.window == 0:
+            if self.seen == self.window:
                 now = total / self.window
                 mean.lerp_(now, 1 - self.beta)
                 spread.lerp_((now - mean).abs(), 1 - self.beta_uncertainty)
                 total.zero_()
+        self.seen %= self.window
 
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
         scores = torch.zeros(len(table))
@@ -65,10 +68,11 @@ class FreezingScore(Importance):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {f"{row}.{i}": t for row, tensors in self.state.items() for i, t in enumerate(tensors)}
+        tensors = {f"{row}.{i}": t for row, found in self.state.items() for i, t in enumerate(found)}
+        return {**tensors, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.state = {}
+        self.state, self.seen = {}, int(state.pop("seen"))
         for key in state:
             row = int(key.split(".")[0])
             if row not in self.state:

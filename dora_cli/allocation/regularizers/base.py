@@ -32,6 +32,9 @@ class Regularizer:
     def after_backward(self, table: UnitTable) -> None:
         """Add weight · ∂R to the gradients; before clipping."""
 
+    def forget_step(self) -> None:
+        """The step was not taken: be as before its ``after_backward``."""
+
     @property
     def decoupled(self) -> bool:
         """Whether ``after_step`` has anything to do."""

@@ -46,6 +46,7 @@ class GateKl(Regularizer):
     def attach(self, table: UnitTable) -> None:
         device = next(table.layers[0].parameters()).device if table.layers else torch.device("cpu")
         self.current = torch.tensor(self.weight, device=device)  # λ as it stands; on the device, so nothing waits
+        self.before = self.current
 
     def active(self, step: int, window: Window) -> bool:
         return step <= window.end
@@ -61,9 +62,13 @@ class GateKl(Regularizer):
             gradients = torch.autograd.grad(total, (phi, bits))  # of a few logits, never through a layer
             for name, gradient in zip(("phi", "bit_logits"), gradients, strict=True):
                 add_to_gradients(group.parameters(name), gradient, 1.0)
+        self.before = self.current
         if self.target_rank is not None:
             off = expected_rank(table) - self.target_rank
             self.current = (self.current + (self.dual_rate or DUAL_RATE) * off).clamp_min(0.0)
+
+    def forget_step(self) -> None:
+        self.current = self.before
 
     def state_dict(self) -> dict[str, Any]:
         return {"weight": self.current}
