@@ -179,6 +179,7 @@ def _check_ranges(values: Mapping[str, Any], keys: Mapping[str, Key], origin: Ma
         value: Any = values
         for part in name.split("."):
             value = value[part]
+        check_type(key, value, origin.get(name))  # what an interpolation has become
         check_range(key, value, origin.get(name))
 
 

@@ -1,6 +1,6 @@
 """Hostile overrides, recipes, data files and arguments: each ends in success or in one clear message.
 
-    python scripts/faults/hostile.py [--overrides 250] [--seed 0] [--folder DIR] [--json FILE]
+    python scripts/faults/hostile.py [--kinds KIND …] [--overrides 250] [--seed 0] [--folder DIR] [--json FILE]
 
 Right is exit code 0, or 2 with `error: …` on one screen. A traceback, another code, or pages of text are wrong, and so
 is anything that takes longer than a minute. Runs are dry: the plan is made, nothing is trained.
@@ -29,6 +29,7 @@ from dora_cli.cli.train import main as dora_train
 from dora_cli.config.check import known_keys
 from dora_cli.config.compose import root_schema
 
+KINDS = ("override", "data", "recipe", "arguments", "merge", "eval")
 SCREEN = 24  # lines
 LONGEST = 60.0  # seconds
 
@@ -341,6 +342,7 @@ def judge(code: int, said: str, seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--overrides", type=int, default=250, help="key=value pairs drawn from all keys × odd values")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--json", type=Path, help="write every case here")
@@ -357,6 +359,8 @@ def main() -> int:
         os.chdir(folder)
         log = folder / "said"
         for kind, what, command, arguments in cases(folder, options.overrides, options.seed):
+            if kind not in options.kinds:
+                continue
             log.unlink(missing_ok=True)
             begin = time.monotonic()
             code = live(arguments, log, None, command=command)

@@ -32,6 +32,16 @@ def test_argv_is_handed_over_without_the_programs_name(monkeypatch):
     assert seen == ["recipe=x"]
 
 
+def test_a_value_without_end_is_shortened(capsys):
+    long = "/" + "x" * 20_000
+    assert guard(raising(UserError(f"out={long}: no", where=f"in {'/a' * 200}")), []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: out=/xxx")
+    assert "xxx: no" in said
+    assert "/a" * 200 in said  # a path stays whole
+    assert len(said) < 700
+
+
 def test_a_users_mistake_is_two_and_one_message_without_a_traceback(capsys):
     error = UserError(
         "unknown key 'shedule.start'", where="in mine.yaml, line 7", hint="did you mean 'schedule.start'?"

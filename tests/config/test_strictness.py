@@ -270,6 +270,7 @@ def test_a_number_without_a_point_reads_as_a_number(composed):
 
 def test_a_value_that_an_interpolation_brings_is_checked_too(refusal):
     assert "is out of range" in refusal("recipe=toy", "train.workers=-3", "train.batch_size=${train.workers}").message
+    assert refusal("recipe=toy", "data.metrics=${seed}").message.startswith("data.metrics=1 is not a list")
     assert "cannot resolve" in refusal(recipe("train:\n  batch_size: ${nowhere}\n")).message
 
 

@@ -87,6 +87,11 @@ GOOD = '{"text": "a", "label": 1}\n'
         ("a.json", '[{"text": "a"},\n{"text": }]', "malformed JSON: Expecting value", "line 2"),
         ("a.json", '[{"text": "a"}, 3]', "entry 2 is no object", "a.json"),
         ("a.json", "[]", "malformed JSON", "a.json"),
+        ("a.json", "null", "null is no object", "line 1"),  # Arrow ends the process over these two
+        ("a.jsonl", "null\nnull\n", "null is no object", "line 1"),
+        ("a.json", '[{"text": "a"}, null]', "entry 2 is no object", "a.json"),
+        ("a.json", "[" * 100_000, "nested too deeply", "a.json"),
+        ("a.jsonl", GOOD + '{"text": ' + "[" * 100_000 + "\n", "nested too deeply", "line 2"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n', "not UTF-8 text: byte 0xe9 at column 14", "line 2"),
         ("a.csv", "text,label\na,1\nb\n", r"1 field instead of 2 \(text, label\)", "line 3"),
         ("a.csv", 'text,label\n"a\nb",1\nc,d,2\n', "3 fields instead of 2", "line 4"),

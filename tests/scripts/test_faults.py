@@ -27,3 +27,26 @@ def test_killed_runs_end_where_they_would_have_ended(tmp_path: Path) -> None:
     assert sum(found["kills"].values()) == 5
     assert found["ended"] >= 1
     assert found["wrong"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
+def test_damaged_files_are_refused_or_harmless(tmp_path: Path) -> None:
+    done = campaign(
+        "damage.py", "--cases", "8", "--folder", str(tmp_path / "work"), "--json", str(tmp_path / "out.json")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found) >= 8
+    assert {case["verdict"] for case in found} <= {"refused", "harmless", "unknowable"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
+def test_hostile_arguments_end_in_one_message(tmp_path: Path) -> None:
+    words = ["--kinds", "arguments", "merge", "eval", "override", "--overrides", "10"]
+    done = campaign("hostile.py", *words, "--folder", str(tmp_path), "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert {case["kind"] for case in found} == {"arguments", "merge", "eval", "override"}
+    assert sum(case["verdict"] == "refused" for case in found) > 30
