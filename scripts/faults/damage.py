@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tiny
-import torch
 from kill import live, outcome
 
 from dora_cli.cli import train_run
@@ -169,9 +168,7 @@ def readers(file: str) -> list[str]:
 
 def prepare(folder: Path) -> None:
     """A finished run, one that was cut off, their base and data, all under ``folder``."""
-    for name, make in (("model", tiny.make_model), ("data", tiny.make_data)):
-        (folder / name).mkdir(parents=True)
-        make(folder / name)
+    tiny.make(folder)
     assert live([*words(folder), f"out={folder / 'done'}", "save.merged=true"], folder / "log", None) == 0
     real = train_run.save_checkpoint
 
@@ -255,8 +252,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--json", type=Path, help="write every case here")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # before the first fork: threads do not survive one
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tiny.before_forks()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).absolute()

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tiny
-import torch
 from kill import live
 
 from dora_cli.cli.eval import main as dora_eval
@@ -347,14 +346,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--json", type=Path, help="write every case here")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # before the first fork: threads do not survive one
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tiny.before_forks()
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).absolute()
-        for name, make in (("model", tiny.make_model), ("data", tiny.make_data)):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            make(folder / name)
+        tiny.make(folder)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         os.chdir(folder)
         log = folder / "said"

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-import torch
 
 from dora_cli.checkpoints.run_state import newest_checkpoint
 from dora_cli.cli.train import main as dora_train
@@ -227,15 +226,12 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # before the first fork: threads do not survive one
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tiny.before_forks()
     tokens.CACHED_FROM = 0  # else so few rows are not worth a cache
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        for name, make in (("model", tiny.make_model), ("data", tiny.make_data)):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            make(folder / name)
+        tiny.make(folder)
         print(f"{'method':16}{'kills':>6}{'unfinished':>12}{'ended':>7}{'lost':>6}  instants; wrong", flush=True)
         for i, method in enumerate(options.methods):
             share = options.kills * (i + 1) // len(options.methods) - options.kills * i // len(options.methods)

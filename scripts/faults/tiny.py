@@ -1,6 +1,7 @@
 """A tiny BERT with random weights and a sentiment set that it can learn: what tests and fault campaigns run on."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -49,3 +50,16 @@ def make_data(folder: Path) -> Path:
                 draw.shuffle(words)
                 file.write(json.dumps({"text": " ".join(words), "label": ("negative", "positive")[i % 2]}) + "\n")
     return folder
+
+
+def make(folder: Path) -> None:
+    """Both, in ``model`` and ``data`` of a folder that need not be there."""
+    for name, made in (("model", make_model), ("data", make_data)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        made(folder / name)
+
+
+def before_forks() -> None:
+    """Threads do not survive a fork: have none when it comes."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
