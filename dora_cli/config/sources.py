@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ class Source:
     defaults: tuple[tuple[str, str, str], ...]
 
 
+MOST_VALUES = 100_000  # a small file of aliases to aliases can stand for billions
+
+
 def place(path: Path, line: int | None = None) -> str:
     """``in FILE, line 7``, the file relative to the working directory where it lies below it."""
     path, here = Path(path), Path.cwd()
@@ -57,6 +61,8 @@ def read(path: Path) -> Source:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node and not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path} must hold keys and values, such as 'budget: r8'", where=place(path, 1))
+        if node and _expanded(node, {}) > MOST_VALUES:
+            raise UserError(f"{path} holds more than {MOST_VALUES:,} values once its aliases (*name) are written out")
         # OmegaConf's reader, since Hydra reads the file with it: it takes 8e-4 for a number and refuses duplicate keys.
         values = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if node else {}
     except yaml.YAMLError as error:
@@ -69,6 +75,16 @@ def read(path: Path) -> Source:
     defaults = tuple(_defaults(path, node)) if node else ()
     leaves = tuple(_leaves(path, node, values, "")) if node else ()
     return Source(path, text, tuple(leaf for leaf in leaves if leaf.key.split(".")[0] != "defaults"), defaults)
+
+
+def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
+    """Nodes below and with this one, each alias counted as all it stands for; infinite where one holds itself."""
+    if id(node) not in known:
+        known[id(node)] = inf  # until it is known: who meets it below itself has found a circle
+        inner = node.value if isinstance(node.value, list) else []
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _malformed(path: Path, error: yaml.YAMLError) -> UserError:

@@ -48,7 +48,7 @@ METHODS: dict[str, list[str]] = {
 }
 KINDS = ("any", "checkpoint", "event", "adapter", "cache")
 PATTERNS = {"checkpoint": "checkpoints/.step-*.tmp-*", "adapter": ".adapter.tmp-*"}
-LONGEST = 60.0  # seconds that a life may take
+LONGEST = 120  # seconds that a life may take
 
 
 @dataclass
@@ -87,6 +87,7 @@ def live(
     """
     child = os.fork()
     if child == 0:
+        signal.alarm(LONGEST)
         with log.open("a", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
