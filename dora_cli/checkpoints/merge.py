@@ -189,5 +189,6 @@ def _require_space(out: Path, needed: int) -> None:
     there = next(parent for parent in out.resolve().parents if parent.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        message = f"the merged model takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        scale, unit = (1e9, "GB") if needed >= 1e8 else (1e6, "MB")
+        message = f"no space left: the merged model takes {needed / scale:,.2f} {unit}, {free / scale:,.2f} are free"
         raise OSError(errno.ENOSPC, message, str(there))

@@ -169,7 +169,8 @@ def _foreseen(error: Exception) -> tuple[str, str | None, str] | None:
     text = str(error)
     if isinstance(error, OSError) and error.errno in FORESEEN:
         path = f"in {error.filename}" if error.filename else None
-        return (error.strerror or text).lower(), path, FORESEEN[error.errno]
+        told = error.strerror or text
+        return told[:1].lower() + told[1:], path, FORESEEN[error.errno]
     if "No space left on device" in text:  # safetensors and arrow wrap the system's error in their own
         return "no space left on device", None, FORESEEN[errno.ENOSPC]
     names = {cls.__name__ for cls in type(error).__mro__}

@@ -25,7 +25,7 @@ from dora_cli.config.sources import SWEEP, Leaf, Source, place, read
 from dora_cli.errors import UserError
 from dora_cli.registry import PART_TABLES, part_table
 
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, RecursionError, yaml.YAMLError)
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,13 @@ class Composition:
 
     def _refusal(self, error: Exception) -> UserError:
         """Hydra's refusal in our words, with the line that asks for what it cannot find."""
+        if isinstance(error, RecursionError):
+            wheres = [where for *_, where in self.recipe.source.defaults]
+            return UserError(
+                f"the defaults of recipe {self.recipe.name} lead back to themselves",
+                where=wheres[0] if wheres else place(self.recipe.source.path),
+                hint="a recipe may name others under defaults, but not one that names it",
+            )
         missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
         if missing:
             others = (file for folder in self.folders for file in sorted(folder.rglob("*.yaml")))
