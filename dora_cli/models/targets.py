@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -39,9 +40,11 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] | None, exclude:
         )
     if targets is None:
         return candidates
-    patterns = [targets] if isinstance(targets, str) else list(targets)
+    patterns: list[Any] = (
+        list(targets) if isinstance(targets, (list, tuple)) else [targets]
+    )  # the key has no type of its own
     if not patterns or not all(isinstance(p, str) and p for p in patterns):
-        raise UserError(f"{KEY}={patterns}: it takes a name, a list of names, or a regular expression")
+        raise UserError(f"{KEY}={targets}: it takes a name, a list of names, or a regular expression")
     chosen = {name for pattern in patterns for name in _matches(pattern, model, candidates, exclude)}
     return [name for name, _ in model.named_modules() if name in chosen]
 

@@ -113,6 +113,8 @@ def test_a_full_name_reaches_what_suffixes_do_not(build):
         ([], "it takes a name"),
         ([3], "it takes a name"),
         ("", "it takes a name"),
+        (0, "adapter.targets=0: it takes a name"),
+        ({"query": 1}, "it takes a name"),
     ],
 )
 def test_a_pattern_that_chooses_nothing_says_what_there_is(build, pattern, message):
