@@ -40,9 +40,8 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] | None, exclude:
         )
     if targets is None:
         return candidates
-    patterns: list[Any] = (
-        list(targets) if isinstance(targets, (list, tuple)) else [targets]
-    )  # the key has no type of its own
+    # The key has no type that would have been checked.
+    patterns: list[Any] = list(targets) if isinstance(targets, (list, tuple)) else [targets]
     if not patterns or not all(isinstance(p, str) and p for p in patterns):
         raise UserError(f"{KEY}={targets}: it takes a name, a list of names, or a regular expression")
     chosen = {name for pattern in patterns for name in _matches(pattern, model, candidates, exclude)}
