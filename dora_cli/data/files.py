@@ -90,6 +90,8 @@ def _json_problem(path: Path) -> tuple[int | None, str] | None:
             return error.lineno, f"{error.msg} at column {error.colno}"
         except RecursionError:
             return None, DEEP
+        if not rows:
+            return None, "there are no rows"
         wrong = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
         return (None, f"entry {wrong[0] + 1} is no object") if wrong else None
     kinds: dict[str, str] = {}

@@ -86,7 +86,7 @@ GOOD = '{"text": "a", "label": 1}\n'
         ("a.jsonl", "\n \n", "there are no rows", "a.jsonl"),
         ("a.json", '[{"text": "a"},\n{"text": }]', "malformed JSON: Expecting value", "line 2"),
         ("a.json", '[{"text": "a"}, 3]', "entry 2 is no object", "a.json"),
-        ("a.json", "[]", "malformed JSON", "a.json"),
+        ("a.json", "[]", "malformed JSON: there are no rows", "a.json"),
         ("a.json", "null", "null is no object", "line 1"),  # Arrow ends the process over these two
         ("a.jsonl", "null\nnull\n", "null is no object", "line 1"),
         ("a.json", '[{"text": "a"}, null]', "entry 2 is no object", "a.json"),
