@@ -32,7 +32,7 @@ EXIT_CODES = {
     "0": "success",
     "1": "a failure (full disk, no memory, a bug)",
     "2": "a mistake in the command or its files; nothing was written",
-    "130, 143": "Ctrl-C, SIGTERM; a checkpoint was saved, resume=true goes on",
+    "130, 143, 138": "Ctrl-C, SIGTERM, SIGUSR1: saved, resume=true goes on (twice: at once)",
 }
 
 

@@ -241,6 +241,7 @@ class _Run:
         def handle(number: int, _: object) -> None:
             name = signal.Signals(number).name
             if self.signal is not None:
+                os.write(2, b"ended at once, nothing saved; resume=true goes on from the newest checkpoint\n")
                 os._exit(EXIT_CODES[name])
             self.signal = name
             self.view.line(f"{name}: saving after this step; once more ends at once")
