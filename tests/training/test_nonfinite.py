@@ -200,7 +200,8 @@ def test_rows_are_those_of_all_micro_batches(dora_train: Train, poisoned: list[i
 def test_a_row_that_is_a_batch_is_to_blame_and_not_the_run(
     dora_train: Train, poisoned: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["method=lora", "budget=r1", "train.max_skipped=0", "train.batch_size=1", "train.save_every=1"]
+    words = ["method=lora", "budget=r1", "train.max_skipped=0", "train.batch_size=1", "train.save_every=10"]
+    words.append("train.epochs=2")
     assert dora_train(*words, "train.eval_every=1000") == 2
     said = capsys.readouterr().err
     assert "diverged" not in said
