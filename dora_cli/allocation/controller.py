@@ -24,6 +24,7 @@ from dora_cli.allocation.regularizers.base import Regularizer
 from dora_cli.allocation.schedules import Schedule
 from dora_cli.allocation.select import prefix_closed
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 
 DEAD_SHARE = 0.25  # compact before the end only when this much is dead, and
 MAX_COMPACTIONS = 6  # at most this often, so that torch.compile keeps its graphs
@@ -98,25 +99,23 @@ class Allocation:
         if self.allocator.compacts:
             self.table.mute()
 
-    def after_step(self, step: int, optimizer: Optimizer, *, sound: bool = True) -> dict[str, Any] | None:
+    def after_step(self, step: int, optimizer: Optimizer, verdict: Verdict = TAKEN) -> dict[str, Any] | None:
         """Score, act if it is time, and keep closed what is dropped. Gradients must still be there.
 
         Args:
-            sound: False where the step was not taken because its loss or gradient was not finite: events fall all the
-                same, on what was seen before.
+            verdict: whether the step was taken. Where it was not (its loss or gradient was not finite) nothing moves on
+                its account; events fall all the same, on what was seen before.
 
         Returns:
             What happened, where an event fell on this step: step, budget, alive, params and ranks per module.
         """
-        if sound and self.regularizer.decoupled and self.regularizer.active(step, self.window):
-            self.regularizer.after_step(self.table, self._learning_rate(optimizer))
-        self.allocator.after_step(self.table, step, self.window, sound=sound)
-        if not sound:
-            self.importance.forget_step()
-            if self.regularizer.active(step, self.window):
-                self.regularizer.forget_step()
-        elif self.allocator.observes(step, self.window):
-            self.importance.update(self.table, step)
+        if self.regularizer.active(step, self.window):
+            self.regularizer.conclude(verdict)
+            if self.regularizer.decoupled:
+                self.regularizer.after_step(self.table, self._learning_rate(optimizer), verdict)
+        self.allocator.after_step(self.table, step, self.window, verdict)
+        if self.allocator.observes(step, self.window):
+            self.importance.update(self.table, step, verdict)
         event = self._act(step, optimizer) if self.is_event(step) else None
         self.table.hold()
         self._compact(step, optimizer)

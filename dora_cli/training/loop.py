@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_cli.allocation.verdict import Verdict
 from dora_cli.errors import UserError
 from dora_cli.modes import autocast, evaluating
+from dora_cli.training.optim import optimizer_step
 from dora_cli.training.setup import Session
 from dora_cli.training.state import Progress
 
@@ -74,36 +76,36 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
         # In the model's order, which freezing, thawing and resuming leave alone: the norm is then the same to the bit.
         trained = [p for p in session.candidates() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        # The one number of a step that the host waits for: what is not finite must never reach the weights.
-        sound = math.isfinite(step_loss + norm)
-        if sound:
-            if config.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(trained, config.clip_norm, norm)
-            session.optimizer.step()
-            meter.add(step_loss, norm)
-            progress.trained += sum(p.numel() for p in trained)
-        event = session.allocation.after_step(step, session.optimizer, sound=sound)
+        verdict = Verdict.of(step_loss + norm)  # what is not finite must never reach the weights
+        if config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(trained, config.clip_norm, norm)
+        optimizer_step(session.optimizer, verdict)
+        event = session.allocation.after_step(step, session.optimizer, verdict)
         learning_rate = float(session.scheduler.get_last_lr()[0])
         session.scheduler.step()
         session.optimizer.zero_grad(set_to_none=True)
         progress.step = step
-        meter.step(sound=sound)
+        meter.step(step_loss, norm, sum(p.numel() for p in trained), verdict)
 
-        if not sound:
-            _skipped(session, progress, hooks, step_loss)
+        logs, evaluates = (step % every == 0 or step == total for every in (config.log_every, evaluate_every))
+        saves = step % save_every == 0
+        # Then the host looks at numbers anyway; in other steps it goes ahead of the device.
+        if verdict.known is not None or event is not None or logs or evaluates or saves:
+            _count_skipped(session, progress, hooks, meter)
         if event is not None:
             progress.events.append(event)
             hooks.event(event)
-        if (step % config.log_every == 0 or step == total) and progress.pending_steps:
+        if logs and progress.pending_steps:
             hooks.log(meter.record(step, learning_rate, session))
         stopping = hooks.stop()
-        if step % evaluate_every == 0 or step == total:
+        if evaluates:
             if _evaluate(session, progress, hooks):
                 return None
             meter.restart_clock()
         if step == total:
             return None
-        if step % save_every == 0 or stopping:
+        if saves or stopping:
+            _count_skipped(session, progress, hooks, meter)
             meter.park()
             hooks.save()
             meter.restart_clock()
@@ -112,15 +114,21 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
     return None
 
 
-def _skipped(session: Session, progress: Progress, hooks: Hooks, loss: Tensor) -> None:
-    """Count a step that changed nothing, and say which of its rows are to blame.
+def _count_skipped(session: Session, progress: Progress, hooks: Hooks, meter: "_Meter") -> None:
+    """Count the steps that changed nothing since this was last done, and say which of their rows are to blame.
 
     Raises:
-        UserError: it is one too many.
+        UserError: there is one too many.
     """
-    step, most = progress.step, session.config.train.max_skipped
+    for step, loss in meter.skipped():
+        _blame(session, progress, hooks, step, loss)
+
+
+def _blame(session: Session, progress: Progress, hooks: Hooks, step: int, loss: float) -> None:
+    """One skipped step; rows are looked at under the weights as they are now."""
+    most = session.config.train.max_skipped
     progress.skipped += 1
-    what = "gradient" if bool(torch.isfinite(loss)) else "loss"
+    what = "gradient" if math.isfinite(loss) else "loss"
     rows = session.rows_of(step)
     # One by one: a row with a broken label or value, among others that are fine.
     guilty = [row for row in rows if not math.isfinite(_loss_of(session, row))]
@@ -213,7 +221,8 @@ class _Meter:
     def __init__(self, device: torch.device, progress: Progress) -> None:
         self.progress = progress
         self.loss = torch.tensor(progress.pending_loss, device=device)
-        self.norm = torch.tensor(torch.nan)  # of the last step that was taken
+        self.norm = torch.tensor(torch.nan, device=device)  # of the last step that was taken
+        self.unread: list[tuple[int, int, Tensor, Verdict]] = []  # step, parameters that trained, loss, and whether
         self.since = time.perf_counter()
         self.samples_before, self.seconds_before = progress.samples, progress.seconds
 
@@ -222,15 +231,27 @@ class _Meter:
         self.progress.samples += len(batch["input_ids"])
         self.progress.tokens += int(batch["attention_mask"].sum())
 
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self.loss += loss
-        self.norm = norm
-
-    def step(self, *, sound: bool) -> None:
-        self.progress.pending_steps += sound
+    def step(self, loss: Tensor, norm: Tensor, trained: int, verdict: Verdict) -> None:
+        """A step of ``trained`` parameters is over; it counts as taken until :meth:`skipped` has looked."""
+        self.loss += verdict.choose(loss, 0.0)
+        self.norm = verdict.choose(norm, self.norm)
+        self.progress.pending_steps += 1
+        self.progress.trained += trained
+        self.unread.append((self.progress.step, trained, loss, verdict))
         now = time.perf_counter()
         self.progress.seconds += now - self.since
         self.since = now
+
+    def skipped(self) -> list[tuple[int, float]]:
+        """(step, loss) of those that were not taken since this was last asked."""
+        unread, self.unread = self.unread, []
+        known = [verdict.known for *_, verdict in unread]
+        if None in known:
+            known = torch.stack([verdict.finite for *_, verdict in unread if verdict.finite is not None]).tolist()
+        found = [entry for entry, taken in zip(unread, known, strict=True) if not taken]
+        self.progress.pending_steps -= len(found)
+        self.progress.trained -= sum(trained for _, trained, *_ in found)
+        return [(step, float(loss)) for step, _, loss, _ in found]
 
     def restart_clock(self) -> None:
         """Leave what has just been done out of the training time."""

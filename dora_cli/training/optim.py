@@ -9,6 +9,7 @@ from torch import nn
 
 from dora_cli.adapters.base import AdapterLayer
 from dora_cli.adapters.inject import parameter_groups
+from dora_cli.allocation.verdict import Verdict
 from dora_cli.config.schema import TrainConfig
 
 
@@ -29,6 +30,15 @@ def build_optimizer(
         groups.append({"params": [p for _, p in named if p.dim() <= 1], "lr": rate, "weight_decay": 0.0})
     # Adapters' groups stay even when empty: what is frozen now may be thawed.
     return torch.optim.AdamW([g for g in groups if g["params"] or "role" in g], fused=True)
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, verdict: Verdict) -> None:
+    """Take the step, or leave weights, moments and step counts as they are."""
+    if verdict.known is None:
+        # What AdamW's fused kernel does not take where this is 1, without the host (torch.amp.GradScaler's way).
+        optimizer.found_inf = 1.0 - verdict.taken  # type: ignore[attr-defined]
+    if verdict.known is not False:
+        optimizer.step()
 
 
 def warmup_steps(warmup: float | int, total: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dora_cli.errors import UserError
 from dora_cli.training.setup import Session
 
-FORMAT = 1  # of a checkpoint; another one is refused
+FORMAT = 2  # of a checkpoint; another one is refused
 SEPARATOR = "|"  # between a parameter's full name and the name of its moment
 
 

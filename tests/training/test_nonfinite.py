@@ -1,6 +1,7 @@
 """Steps whose loss or gradient is no number are skipped, counted and named, and nothing of them is kept."""
 
 import json
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dora_cli.allocation import verdict
 from dora_cli.data.tasks.base import Loss
 from dora_cli.data.tasks.classification import Classification
 
@@ -26,6 +29,13 @@ AS_IF = [
     ["weight_decomposed", "budget=r2"],
 ]
 WORDS = ["train.max_steps=20", "train.save_every=4", "train.eval_every=10", "train.log_every=1"]
+
+
+@pytest.fixture(params=["host", "device"])
+def decided(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who decides whether a step is taken; on a GPU the device does, here told to."""
+    if request.param == "device":
+        monkeypatch.setattr(verdict, "waits", lambda device: True)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -68,7 +78,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("method", ["dora", "adalora", "increlora", "dlora", "sora", "lora"])
 def test_such_steps_are_skipped_and_leave_nothing_behind(
-    method: str, gradient: bool, dora_train: Train, broken: Any, tmp_path: Path
+    method: str, gradient: bool, decided: None, dora_train: Train, broken: Any, tmp_path: Path
 ) -> None:
     """Some fall on events: every third step from the fourth on, and the last one at the tenth."""
     broken(2, 4, 7, 10, 11, gradient=gradient)
@@ -95,7 +105,7 @@ def test_such_steps_are_skipped_and_leave_nothing_behind(
 
 @pytest.mark.parametrize("words", AS_IF, ids=lambda words: words[0])
 def test_a_skipped_step_is_as_if_it_had_not_been(
-    words: list[str], dora_train: Train, broken: Any, tmp_path: Path
+    words: list[str], decided: None, dora_train: Train, broken: Any, tmp_path: Path
 ) -> None:
     """Weights, moments, scores and whatever else there is: after it they are those before it. The fifth is no event."""
     common = [*WORDS, "train.scheduler=constant", "train.warmup=0.0", "train.save_every=1", "train.keep_last=50"]
@@ -106,7 +116,8 @@ def test_a_skipped_step_is_as_if_it_had_not_been(
         folder = tmp_path / f"run/checkpoints/step-{step:08d}"
         tensors = {f"{n} {k}": v for n in ("model", "optimizer", "allocation") for k, v in of(folder / n).items()}
         rest = json.loads((folder / "state.json").read_text())["allocation"]
-        return tensors | {f"rest {k}": torch.tensor(v) for k, v in rest.items() if isinstance(v, (int, float))}
+        numbers = {k: v for k, v in rest.items() if isinstance(v, (int, float)) and not k.endswith("|seen")}
+        return tensors | {f"rest {k}": torch.tensor(v) for k, v in numbers.items()}
 
     def of(stem: Path) -> dict[str, Tensor]:
         return load_file(stem.with_suffix(".safetensors"))
@@ -116,20 +127,81 @@ def test_a_skipped_step_is_as_if_it_had_not_been(
     assert any(not torch.equal(later[key], after[key]) for key in before)
 
 
-def test_a_window_of_aflora_holds_steps_that_were_taken(dora_train: Train, broken: Any, tmp_path: Path) -> None:
-    """Windows of three: with the sixth step skipped the second one ends with the seventh."""
-    words = ["method=aflora", "budget=r2", "importance.window=3", *WORDS, "train.save_every=1", "train.keep_last=50"]
-    broken(6)
-    assert dora_train(*words, "schedule.end=9") == 0
+def test_a_window_of_aflora_is_averaged_over_steps_that_were_taken(
+    decided: None, dora_train: Train, broken: Any, tmp_path: Path
+) -> None:
+    """Windows of two: of the third one step is left, of the fourth none, which then says nothing."""
+    words = ["method=aflora", "budget=r2", "importance.window=2", *WORDS, "train.save_every=1", "train.keep_last=50"]
+    broken(6, 7, 8)
+    assert dora_train(*words, "schedule.end=20") == 0
 
-    def sums(step: int) -> float:
+    def of(step: int, i: int) -> dict[str, Tensor]:
         tensors = load_file(tmp_path / f"run/checkpoints/step-{step:08d}/allocation.safetensors")
-        return sum(float(t.sum()) for k, t in tensors.items() if k.startswith("importance|") and k.endswith(".0"))
+        return {k: t for k, t in tensors.items() if k.startswith("importance|") and k.endswith(f".{i}")}
 
-    assert sums(5) > 0
-    assert sums(6) == sums(5)
-    assert sums(7) == 0
-    assert sums(8) > 0
+    total, mean = of(5, 0), of(4, 1)
+    assert sum(float(t.sum()) for t in total.values()) > 0
+    for key, after in of(6, 1).items():
+        before = mean[key]
+        assert torch.allclose(after, 0.85 * before + 0.15 * total[key.removesuffix("1") + "0"], rtol=1e-6, atol=0)
+    assert all(torch.equal(of(8, i)[key], value) for i in (1, 2) for key, value in of(6, i).items())
+    assert all(float(t.sum()) == 0 for t in of(8, 0).values())
+
+
+@pytest.mark.parametrize("words", AS_IF, ids=lambda words: words[0])
+def test_host_and_device_decide_alike(
+    words: list[str], dora_train: Train, broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = [f"method={words[0]}", *words[1:], *WORDS, "train.log_every=6"]
+    for name in ("host", "device"):
+        monkeypatch.setattr(verdict, "waits", lambda device, name=name: name == "device")
+        broken(3, 5, 6)
+        assert dora_train(*common, f"out={tmp_path}/{name}") == 0
+    for file in ("adapter/adapter_model.safetensors", "ranks.json"):
+        assert (tmp_path / "host" / file).read_bytes() == (tmp_path / "device" / file).read_bytes(), file
+    one, two = (
+        [{k: v for k, v in r.items() if k != "samples_per_second"} for r in records(tmp_path / name)]
+        for name in ("host", "device")
+    )
+    assert sorted(map(str, one)) == sorted(map(str, two))  # skipped steps are written down later, but all are
+    assert [r["step"] for r in one if r["split"] == "skipped"] == [3, 5, 6]
+
+
+class Transfers(TorchDispatchMode):
+    """Notes in which training steps a number is asked of a tensor that would lie on the device, and by whom.
+
+    Batches lie on the host until they are sent: what ``data`` does and both ``count`` is free.
+    """
+
+    def __init__(self, steps: list[int]) -> None:
+        super().__init__()
+        self.steps, self.asked = steps, set[tuple[int, str]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            frames = [f for f in traceback.extract_stack() if "/dora_cli/" in f.filename]
+            if not any("/data/" in f.filename for f in frames) and frames and frames[-1].name != "count":
+                self.asked.add((len(self.steps), f"{frames[-1].filename.split('dora_cli/')[-1]}:{frames[-1].name}"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("words", AS_IF, ids=lambda words: words[0])
+def test_between_events_and_logs_the_host_asks_for_nothing(
+    words: list[str], dora_train: Train, broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In steps after which nothing is logged, evaluated or saved, and which are no events, one of them skipped."""
+    monkeypatch.setattr(verdict, "waits", lambda device: True)
+    common = ["train.max_steps=24", "train.log_every=8", "train.eval_every=24", "train.save_every=24"]
+    if words[0] not in ("lora", "weight_decomposed"):
+        common += ["allocator.interval=8", "schedule.end=16"]
+        common += [] if words[0] in ("sora", "bayesian_lora") else ["schedule.start=8"]
+    steps = broken(13)
+    plain = [w for w in words[1:] if not w.startswith("schedule.start")]
+    with Transfers(steps) as transfers:
+        assert dora_train(f"method={words[0]}", *plain, *common, "train.workers=0") == 0
+    asked = {step for step, _ in transfers.asked if step > 0}
+    assert {8, 16, 24} <= asked  # the check sees something
+    assert asked <= {1, 8, 16, 24}, sorted(transfers.asked)  # tables of the units are laid out in the first
 
 
 def test_the_mean_of_what_trained_is_over_steps_that_were_taken(dora_train: Train, broken: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from dora_cli.allocation.budget import Budget, Target
 from dora_cli.allocation.schedules import Schedule, Window
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 from dora_cli.errors import UserError
 
 
@@ -108,10 +109,10 @@ class Allocator:
     def after_backward(self, table: UnitTable, step: int, window: Window) -> None:
         """Change gradients, at every step before clipping."""
 
-    def after_step(self, table: UnitTable, step: int, window: Window, *, sound: bool = True) -> None:
+    def after_step(self, table: UnitTable, step: int, window: Window, verdict: Verdict = TAKEN) -> None:
         """Change parameters, at every step after the optimizer's and before scores and events.
 
-        ``sound`` is False where the optimizer's was skipped: then nothing may move on its account.
+        Where the optimizer's was not taken, nothing may move on its account.
         """
 
     def act(self, event: Event) -> None:

@@ -12,6 +12,7 @@ from dora_cli.allocation.budget import Target
 from dora_cli.allocation.growth import component_cost, full_rank, hand_out, module_means
 from dora_cli.allocation.schedules import Window
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 from dora_cli.errors import UserError
 
 SPARE_GATE = 1e-5
@@ -80,7 +81,7 @@ class Grow(Allocator):
             if gates.grad is not None:
                 gates.grad.index_fill_(0, spares, 0.0)
 
-    def after_step(self, table: UnitTable, step: int, window: Window, *, sound: bool = True) -> None:
+    def after_step(self, table: UnitTable, step: int, window: Window, verdict: Verdict = TAKEN) -> None:
         """Weight decay and regularizers leave a held gate alone too."""
         for gates, spares in self._held(table):
             gates.detach().index_fill_(0, spares, SPARE_GATE)

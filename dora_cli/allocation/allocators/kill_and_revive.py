@@ -16,6 +16,7 @@ from dora_cli.allocation.budget import Target
 from dora_cli.allocation.schedules import Window
 from dora_cli.allocation.select import ranking
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 from dora_cli.errors import UserError
 
 ACTIVE, IDLE, PROBATION = 0, 1, 2
@@ -111,7 +112,7 @@ class KillAndRevive(Allocator):
         self.states[self._next(idle, trial)] = PROBATION
         self._apply(event)
 
-    def after_step(self, table: UnitTable, step: int, window: Window, *, sound: bool = True) -> None:
+    def after_step(self, table: UnitTable, step: int, window: Window, verdict: Verdict = TAKEN) -> None:
         """Before a step that ends with a revival by gradient, let gradients flow into idle modules."""
         if self.choice == "probe" and self._revives(step + 1, window):
             self._probe(True)

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from dora_cli.adapters.base import AdapterLayer
 from dora_cli.allocation.allocators.base import Event
 from dora_cli.allocation.allocators.masked import Masked
 from dora_cli.allocation.schedules import CubicEarly, Window
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 
 
 @dataclass
@@ -27,6 +30,9 @@ class PrunePeft(Masked):
     verbs: ClassVar[frozenset[str]] = frozenset({"silence"})
     name: ClassVar[str] = "prune_peft"
 
+    def attach(self, table: UnitTable) -> None:
+        self._masked: list[tuple[AdapterLayer, Tensor]] | None = None
+
     def is_event(self, step: int, window: Window) -> bool:
         """Multiples of the interval inside the window, counted from step 0; and always its end."""
         return step == window.end or (window.start < step < window.end and step % self.interval == 0)
@@ -35,9 +41,13 @@ class PrunePeft(Masked):
         """At the end itself the choice rests on what was seen before."""
         return step < window.end
 
-    def after_step(self, table: UnitTable, step: int, window: Window, *, sound: bool = True) -> None:
-        if step > window.end:
-            table.keep(table.alive, final=False)  # the optimizer has moved the masked gates away from zero
+    def after_step(self, table: UnitTable, step: int, window: Window, verdict: Verdict = TAKEN) -> None:
+        if step <= window.end:
+            return
+        if self._masked is None:  # what the final choice masked stays so: looked up once
+            self._masked = list(table.positions(~table.alive & ~table.dropped))
+        for layer, positions in self._masked:  # the optimizer has moved their gates away from zero
+            layer.silence(positions)
 
     def act(self, event: Event) -> None:
         n_masked = event.first - self._budget(event)

@@ -10,6 +10,7 @@ from dora_cli.allocation.allocators.prune import Prune
 from dora_cli.allocation.budget import Budget
 from dora_cli.allocation.schedules import Schedule, Window
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 from dora_cli.errors import UserError
 
 
@@ -32,9 +33,10 @@ class SoftThreshold(Prune):
                 hint="lower allocator.threshold or raise train.learning_rate (published: 3e-4 and 8e-4)",
             )
 
-    def after_step(self, table: UnitTable, step: int, window: Window, *, sound: bool = True) -> None:
-        if step > window.end or not sound:
+    def after_step(self, table: UnitTable, step: int, window: Window, verdict: Verdict = TAKEN) -> None:
+        if step > window.end:
             return
         for group in table.groups():
-            closer = softshrink(group.stack("c"), self.threshold)
+            gates = group.stack("c")
+            closer = verdict.choose(softshrink(gates, self.threshold), gates)
             torch._foreach_copy_([layer.c.detach() for layer in group.layers], list(closer.unbind(0)))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 
 Probe = Callable[[Tensor], float]  # mask (n,) of the units that take part → loss on a fixed validation batch
 
@@ -23,11 +24,11 @@ class Importance:
     def attach(self, table: UnitTable) -> None:
         """Take hold of the table before the first step."""
 
-    def update(self, table: UnitTable, step: int) -> None:
-        """Look at weights and gradients after an optimizer step, up to the final choice. No host transfer."""
+    def update(self, table: UnitTable, step: int, verdict: Verdict = TAKEN) -> None:
+        """Look at weights and gradients after an optimizer step, up to the final choice. No host transfer.
 
-    def forget_step(self) -> None:
-        """The step was not taken: let go of what its backward pass has left."""
+        Where the step was not taken, gradients may be no numbers, and state must stay what it was: ``verdict.choose``.
+        """
 
     def close_period(self, table: UnitTable) -> None:
         """An event has come: what is measured from one event to the next ends here. Before ``scores``."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dora_cli.allocation.importance.base import FlatScores
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 
 EPSILON = 1e-8  # the official code's; the paper has none
 
@@ -39,9 +40,11 @@ class ComponentNorm(FlatScores):
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
 
-    def update(self, table: UnitTable, step: int) -> None:
+    def update(self, table: UnitTable, step: int, verdict: Verdict = TAKEN) -> None:
         smoothed = self._extended(table)
         for group in table.groups():
             norms, total = component_norms(*group.factors(), group.gates())
             share = norms / (total + EPSILON)[:, None]
-            smoothed[group.index] = self.beta * smoothed[group.index] + (1 - self.beta) * share.to(smoothed.dtype)
+            before = smoothed[group.index]
+            blend = self.beta * before + (1 - self.beta) * share.to(smoothed.dtype)
+            smoothed[group.index] = verdict.choose(blend, before)

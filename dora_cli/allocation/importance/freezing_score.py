@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dora_cli.allocation.importance.base import Importance, Probe
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 
 
 @dataclass
@@ -29,24 +30,30 @@ class FreezingScore(Importance):
     def attach(self, table: UnitTable) -> None:
         # table row → sum over the window, mean, uncertainty, each in the tensor's shape
         self.state: dict[int, list[Tensor]] = {}
-        self.seen = 0  # steps of this window; those that were not taken do not count
         self._device = next(table.layers[0].parameters()).device if table.layers else torch.device("cpu")
+        self.seen = 0  # steps of this window
+        self.taken = torch.zeros((), device=self._device)  # and how many of them the average is over
 
-    def update(self, table: UnitTable, step: int) -> None:
+    def update(self, table: UnitTable, step: int, verdict: Verdict = TAKEN) -> None:
         self.seen += 1
+        self.taken += verdict.taken
+        ends = self.seen == self.window
         for row, tensor in self._training(table):
             if tensor.grad is None:
                 continue
             if row not in self.state:
                 self.state[row] = [torch.zeros_like(tensor.detach()) for _ in range(3)]
             total, mean, spread = self.state[row]
-            total.add_(tensor.grad.abs())
-            if self.seen == self.window:
-                now = total / self.window
+            total.add_(verdict.choose(tensor.grad.abs(), 0.0))
+            if ends:
+                now = torch.where(self.taken > 0, total / self.taken, mean)
                 mean.lerp_(now, 1 - self.beta)
-                spread.lerp_((now - mean).abs(), 1 - self.beta_uncertainty)
+                off = torch.where(self.taken > 0, (now - mean).abs(), spread)
+                spread.lerp_(off, 1 - self.beta_uncertainty)
                 total.zero_()
-        self.seen %= self.window
+        if ends:
+            self.seen = 0
+            self.taken.zero_()
 
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
         scores = torch.zeros(len(table))
@@ -60,19 +67,21 @@ class FreezingScore(Importance):
         return [products.get(row, none) for row in range(len(table))]
 
     def _training(self, table: UnitTable) -> list[tuple[int, Tensor]]:
+        frozen = table.frozen.tolist()
         return [
-            (int(table.rows[m][unit]), tensor)
-            for m, layer in enumerate(table.layers)
-            for unit, tensor in enumerate(layer.unit_tensors())
-            if not bool(table.frozen[table.rows[m][unit]])
+            (row, tensor)
+            for rows, layer in zip(table.rows, table.layers, strict=True)
+            for row, tensor in zip(rows.tolist(), layer.unit_tensors(), strict=True)
+            if not frozen[row]
         ]
 
     def state_dict(self) -> dict[str, Any]:
         tensors = {f"{row}.{i}": t for row, found in self.state.items() for i, t in enumerate(found)}
-        return {**tensors, "seen": self.seen}
+        return {**tensors, "seen": self.seen, "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.state, self.seen = {}, int(state.pop("seen"))
+        self.taken = state.pop("taken").to(self._device, copy=True)
         for key in state:
             row = int(key.split(".")[0])
             if row not in self.state:

@@ -7,6 +7,7 @@ import torch
 
 from dora_cli.allocation.importance.base import FlatScores
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Gradient(FlatScores):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
 
-    def update(self, table: UnitTable, step: int) -> None:
+    def update(self, table: UnitTable, step: int, verdict: Verdict = TAKEN) -> None:
         smoothed = self._extended(table)
         for group in table.groups():
             valve, axis = group.layers[0].valve, group.layers[0].unit_axes[group.layers[0].valve]
@@ -31,4 +32,6 @@ class Gradient(FlatScores):
             now = torch.stack([v * (torch.zeros_like(v) if g is None else g) for v, g in pairs])
             if now.dim() > 2:
                 now = now.sum(2 - axis)  # over the entries: the axis, of the two behind the modules, without units
-            smoothed[group.index] = self.beta * smoothed[group.index] + (1 - self.beta) * -now.to(smoothed.dtype)
+            before = smoothed[group.index]
+            blend = self.beta * before + (1 - self.beta) * -now.to(smoothed.dtype)
+            smoothed[group.index] = verdict.choose(blend, before)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dora_cli.adapters.base import AdapterLayer
 from dora_cli.allocation.importance.base import Importance, Probe
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 
 
 @dataclass
@@ -40,23 +41,22 @@ class ModuleSensitivity(Importance):
         for m, layer in enumerate(table.layers):
             layer.register_forward_hook(partial(self._watch, m))
 
-    def update(self, table: UnitTable, step: int) -> None:
+    def update(self, table: UnitTable, step: int, verdict: Verdict = TAKEN) -> None:
         modules = sorted(self.gradients)
         if not modules:
             return
         now = torch.stack([self._sensitivity(m) for m in modules])
-        index = torch.tensor(modules, device=now.device)
+        # An index is sent to the device: only where some modules took no part in this step.
+        index = slice(None) if len(modules) == len(self.mean) else torch.tensor(modules, device=now.device)
         mean = self.beta * self.mean[index] + (1 - self.beta) * now
         spread = self.beta_uncertainty * self.spread[index] + (1 - self.beta_uncertainty) * (now - mean).abs()
-        self.mean[index], self.spread[index] = mean, spread
-
-    def forget_step(self) -> None:
-        self.updates.clear()
-        self.gradients.clear()
+        self.mean[index] = verdict.choose(mean, self.mean[index])
+        self.spread[index] = verdict.choose(spread, self.spread[index])
 
     def close_period(self, table: UnitTable) -> None:
         """Let go of a step that nobody looked at (``prune_peft`` does not at the last)."""
-        self.forget_step()
+        self.updates.clear()
+        self.gradients.clear()
 
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
         return (self.mean * self.spread).cpu()[table.module]

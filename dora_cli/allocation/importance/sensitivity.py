@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dora_cli.allocation.importance.base import Importance, Probe
 from dora_cli.allocation.table import Group, UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 
 
 class Stack(NamedTuple):
@@ -47,7 +48,7 @@ class Sensitivity(Importance):
         self._stacked_at = -1  # the table's version that the stacks belong to
         table.listeners.append(self._resized)
 
-    def update(self, table: UnitTable, step: int) -> None:
+    def update(self, table: UnitTable, step: int, verdict: Verdict = TAKEN) -> None:
         for stack in self._stacked(table):
             gradients = [p.grad for p in stack.group.parameters(stack.name)]
             held = [i for i, gradient in enumerate(gradients) if gradient is not None]
@@ -58,9 +59,10 @@ class Sensitivity(Importance):
             rows = slice(None) if len(held) == len(gradients) else torch.tensor(held, device=now.device)
             mean, spread = stack.mean[rows], stack.spread[rows]
             now.mul_(stack.group.stack(stack.name)[rows]).abs_()
-            mean.lerp_(now, 1 - self.beta)
+            # Towards itself a tensor moves by nothing, to the bit.
+            mean.lerp_(verdict.choose(now, mean), 1 - self.beta)
             now.sub_(mean).abs_()
-            spread.lerp_(now, 1 - self.beta_uncertainty)
+            spread.lerp_(verdict.choose(now, spread), 1 - self.beta_uncertainty)
             if len(held) < len(gradients):
                 stack.mean[rows], stack.spread[rows] = mean, spread
 

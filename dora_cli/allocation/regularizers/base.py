@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dora_cli.allocation.schedules import Window
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 
 
 class Regularizer:
@@ -32,16 +33,16 @@ class Regularizer:
     def after_backward(self, table: UnitTable) -> None:
         """Add weight · ∂R to the gradients; before clipping."""
 
-    def forget_step(self) -> None:
-        """The step was not taken: be as before its ``after_backward``."""
+    def conclude(self, verdict: Verdict) -> None:
+        """Where the step is not taken, be as before its ``after_backward``."""
 
     @property
     def decoupled(self) -> bool:
         """Whether ``after_step`` has anything to do."""
         return False
 
-    def after_step(self, table: UnitTable, learning_rate: float) -> None:
-        """Move the parameters, where the regularizer is decoupled from the optimizer."""
+    def after_step(self, table: UnitTable, learning_rate: float, verdict: Verdict = TAKEN) -> None:
+        """Move the parameters, where the regularizer is decoupled from the optimizer and the step is taken."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

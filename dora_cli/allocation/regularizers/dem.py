@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dora_cli.allocation.regularizers.base import Regularizer, add_to_gradients
 from dora_cli.allocation.schedules import Window
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.verdict import TAKEN, Verdict
 
 
 @dataclass
@@ -48,10 +49,12 @@ class Dem(Regularizer):
             for parameters, centred, axis in self._centred(table):
                 add_to_gradients(parameters, centred, self.weight * self.kappa * 2 / (centred.shape[axis] - 1))
 
-    def after_step(self, table: UnitTable, learning_rate: float) -> None:
+    def after_step(self, table: UnitTable, learning_rate: float, verdict: Verdict = TAKEN) -> None:
         for parameters, centred, axis in self._centred(table):
             scale = learning_rate * self.weight * self.kappa * 2 / (centred.shape[axis] - 1)
-            torch._foreach_add_([p.data for p in parameters], list(centred.unbind(0)), alpha=-scale)
+            torch._foreach_add_(
+                [p.data for p in parameters], list(verdict.choose(centred, 0.0).unbind(0)), alpha=-scale
+            )
 
     def _centred(self, table: UnitTable) -> Iterator[tuple[Sequence[nn.Parameter], Tensor, int]]:
         """(parameters of one shape, (m, *shape) entries minus their component's mean, the axis of the entries)."""

@@ -11,6 +11,7 @@ from dora_cli.adapters.quantise import first_open, nested, open_probability
 from dora_cli.allocation.regularizers.base import Regularizer, add_to_gradients
 from dora_cli.allocation.schedules import Window
 from dora_cli.allocation.table import Group, UnitTable
+from dora_cli.allocation.verdict import Verdict
 from dora_cli.errors import UserError
 
 DUAL_RATE = 1e-4
@@ -67,8 +68,8 @@ class GateKl(Regularizer):
             off = expected_rank(table) - self.target_rank
             self.current = (self.current + (self.dual_rate or DUAL_RATE) * off).clamp_min(0.0)
 
-    def forget_step(self) -> None:
-        self.current = self.before
+    def conclude(self, verdict: Verdict) -> None:
+        self.current = verdict.choose(self.current, self.before)
 
     def state_dict(self) -> dict[str, Any]:
         return {"weight": self.current}
