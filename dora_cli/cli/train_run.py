@@ -34,7 +34,7 @@ from dora_cli.config.compose import Composed
 from dora_cli.errors import UserError
 from dora_cli.evaluation.metrics import build_metrics
 from dora_cli.evaluation.predict import evaluate
-from dora_cli.reporting.events import ALLOCATION, MetricsFile, jsonable
+from dora_cli.reporting.events import ALLOCATION, MetricsFile, jsonable, read_events
 from dora_cli.reporting.terminal import View, print_plan, print_summary
 from dora_cli.training.loop import Hooks, train
 from dora_cli.training.plan import alive_word, describe
@@ -124,9 +124,6 @@ class _Run:
             self.messages.append(f"resuming from {checkpoint}")
         # The checkpoint's own copy ends where it was written, and is known to be whole.
         self.metrics = MetricsFile(out / run_folder.METRICS, checkpoint and checkpoint / run_folder.METRICS)
-        self.progress.events = [
-            {k: v for k, v in r.items() if k != "split"} for r in self.metrics.records if r["split"] == ALLOCATION
-        ]
         self.view = View(
             total_steps=session.total_steps,
             start_units=session.allocation.start_count,
@@ -159,6 +156,7 @@ class _Run:
             elif self.signal:
                 self.view.line(f"{self.signal} came at the last step: the run is complete")
         if stopped:
+            self._write_ranks()
             self.metrics.close()
             return EXIT_CODES[stopped]
         self._finish()
@@ -190,7 +188,6 @@ class _Run:
             self.view.line(f"step {self.progress.step} not saved: its weights are not finite")
             return
         self.metrics.sync()
-        self._write_ranks()
         folder = self.out / run_folder.CHECKPOINTS
         folder.mkdir(exist_ok=True)
         keep = self.session.config.train.keep_last
@@ -232,7 +229,8 @@ class _Run:
         print_summary(summary, files | {"all files": self.out})
 
     def _write_ranks(self) -> None:
-        atomic_write_text(self.out / run_folder.RANKS, json.dumps(self.progress.events) + "\n")
+        """When the process ends: until then events stand in metrics.jsonl, and a long run has many."""
+        atomic_write_text(self.out / run_folder.RANKS, json.dumps(read_events(self.metrics.path)) + "\n")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

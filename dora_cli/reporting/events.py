@@ -21,10 +21,9 @@ class MetricsFile:
         self.path = path
         records = read_metrics(start) if start is not None else []
         partial = path.with_name(f".{path.name}.tmp")  # one run per folder: nobody else writes it
-        partial.write_text("".join(_line(r) for r in records), encoding="utf-8")
+        partial.write_text("".join(map(_line, records)), encoding="utf-8")
         partial.replace(path)
         self._file = path.open("a", encoding="utf-8")
-        self.records = records
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(_line(record))
@@ -49,6 +48,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The allocation events among the records."""
+    return [{k: v for k, v in r.items() if k != "split"} for r in read_metrics(path) if r["split"] == ALLOCATION]
 
 
 def jsonable(value: Any) -> Any:

@@ -93,7 +93,6 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
         if verdict.known is not None or event is not None or logs or evaluates or saves:
             _count_skipped(session, progress, hooks, meter)
         if event is not None:
-            progress.events.append(event)
             hooks.event(event)
         if logs and progress.pending_steps:
             hooks.log(meter.record(step, learning_rate, session))

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,6 @@ class Progress:
     pending_loss: float = 0.0  # of the steps since the last log
     pending_steps: int = 0
     skipped: int = 0  # steps whose loss or gradient was not finite
-    events: list[dict[str, Any]] = field(default_factory=list)
 
 
 def capture(session: Session, progress: Progress) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -50,8 +49,7 @@ def capture(session: Session, progress: Progress) -> tuple[dict[str, dict[str, T
     rest = {
         "format": FORMAT,
         "data": session.encoded["train"].fingerprint(),
-        # Events stand in metrics.jsonl, which is cut back to the checkpoint.
-        "progress": {k: v for k, v in asdict(progress).items() if k != "events"},
+        "progress": asdict(progress),
         "scheduler": {"last_epoch": session.scheduler.last_epoch},
         "allocation": allocation_rest,
         "random": _random_numbers(),
