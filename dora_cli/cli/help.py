@@ -32,7 +32,7 @@ EXIT_CODES = {
     "0": "success",
     "1": "a failure (full disk, no memory, a bug)",
     "2": "a mistake in the command or its files; nothing was written",
-    "130, 143, 138": "Ctrl-C, SIGTERM, SIGUSR1: saved, resume=true goes on (twice: at once)",
+    "130, 143, 138, 129": "Ctrl-C, SIGTERM, SIGUSR1, SIGHUP: saved, resume=true goes on",
 }
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ from dora_cli.training.setup import Begin, Session, build
 from dora_cli.training.state import Progress, capture, restore
 from dora_cli.training.summary import rank_map, summarise
 
-# 128 and the signal's number. SIGUSR1 is what Slurm can be asked to send before it takes a job away.
-STOPPING = [s for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (s := getattr(signal, name, None)) is not None]
+# SIGUSR1 is what Slurm can be asked to send before it takes a job away, SIGHUP a terminal that closes.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+STOPPING = [s for name in NAMES if (s := getattr(signal, name, None)) is not None]
 EXIT_CODES = {s.name: 128 + s for s in STOPPING}
 
 
@@ -234,17 +235,25 @@ class _Run:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first of ``STOPPING`` asks the loop to save and stop; a second one ends the process at once."""
+        """The first of ``STOPPING`` asks the loop to save and stop; a second one ends the process at once.
+
+        A terminal that closes may say so twice, by itself and through its shell: SIGHUP is never a second one. Under
+        `nohup` it is ignored, and stays so.
+        """
 
         def handle(number: int, _: object) -> None:
             name = signal.Signals(number).name
             if self.signal is not None:
-                os.write(2, b"ended at once, nothing saved; resume=true goes on from the newest checkpoint\n")
+                if name == "SIGHUP":
+                    return
+                with suppress(OSError):
+                    os.write(2, b"ended at once, nothing saved; resume=true goes on from the newest checkpoint\n")
                 os._exit(EXIT_CODES[name])
             self.signal = name
             self.view.line(f"{name}: saving after this step; once more ends at once")
 
-        before = {s: signal.signal(s, handle) for s in STOPPING}
+        ignored = {s for s in STOPPING if s.name == "SIGHUP" and signal.getsignal(s) is signal.SIG_IGN}
+        before = {s: signal.signal(s, handle) for s in STOPPING if s not in ignored}
         try:
             yield
         finally:

@@ -1,7 +1,11 @@
 """The terminal view: one live panel on a terminal, plain lines in a pipe, and every line in ``train.log``."""
 
+import errno
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +27,30 @@ def duration(seconds: float) -> str:
 def number(value: float) -> str:
     """A metric or loss in four significant digits."""
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+@contextmanager
+def to_whoever_looks() -> Iterator[None]:
+    """Where nobody does any more (a closed terminal, a pipe whose reader has ended) output goes nowhere from now on.
+
+    A run must not be lost over that, and ``train.log`` has it all.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        gone, null = os.fstat(sys.stdout.fileno()), os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            if os.path.samestat(os.fstat(stream.fileno()), gone):
+                os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process."""
+        raise
 
 
 class View:
@@ -49,7 +77,7 @@ class View:
         first_step: int = 0,
         word: str = "alive",
     ) -> None:
-        self.console = Console(highlight=False)
+        self.console = _Console(highlight=False)
         self.total, self.final_units, self.metric = total_steps, final_units, metric
         self.start_units, self.most_units, self.word = start_units, most_units, word
         self.log_file: TextIO | None = log.open("a", encoding="utf-8") if log else None
@@ -63,12 +91,14 @@ class View:
     def __enter__(self) -> "View":
         if self.console.is_terminal:
             self.live = Live(self._panel(), console=self.console, auto_refresh=False)
-            self.live.start()
+            with to_whoever_looks():
+                self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
-            self.live.stop()
+            with to_whoever_looks():
+                self.live.stop()
             self.live = None
         if self.log_file is not None:
             self.log_file.close()
@@ -78,16 +108,18 @@ class View:
         """One sentence: above the live panel, or as a plain line; and in the log file."""
         if self.log_file is not None:
             print(text, file=self.log_file, flush=True)
-        if self.live is not None:
-            self.live.console.print(Text(text))
-        else:
-            print(text, flush=True)
+        with to_whoever_looks():
+            if self.live is not None:
+                self.live.console.print(Text(text))
+            else:
+                print(text, flush=True)
 
     def train(self, record: Mapping[str, Any]) -> None:
         self.record = dict(record)
         self.step = record["step"]
         if self.live is not None:
-            self.live.update(self._panel(), refresh=True)
+            with to_whoever_looks():
+                self.live.update(self._panel(), refresh=True)
             self._log_only(self._train_line())
         else:
             self.line(self._train_line())
@@ -167,7 +199,7 @@ class View:
 
 def print_plan(sections: Mapping[str, Mapping[str, str]]) -> None:
     """The plan as aligned lines: section → key → text."""
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     for title, rows in sections.items():
         table = Table.grid(padding=(0, 2))
         table.add_column(width=14, style="dim")
@@ -180,7 +212,7 @@ def print_plan(sections: Mapping[str, Mapping[str, str]]) -> None:
 
 def print_summary(summary: Mapping[str, Any], files: Mapping[str, Path]) -> None:
     """The closing table: what came out, what is left of the budget, and where the files are."""
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -203,4 +235,6 @@ def print_summary(summary: Mapping[str, Any], files: Mapping[str, Path]) -> None
     )
     for name, path in files.items():
         table.add_row(name, str(path))
-    console.print(table)
+    with to_whoever_looks():
+        console.print(table)
+        sys.stdout.flush()

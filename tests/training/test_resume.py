@@ -135,7 +135,9 @@ def test_another_configuration_is_refused_and_logging_keys_are_free(
     assert dora_train(*words, "train.log_every=3", "train.keep_last=1", "resume=true") == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_and_the_run_goes_on_from_there(
     number: signal.Signals, code: int, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
