@@ -32,8 +32,8 @@ from dora_cli.cli import run_folder
 from dora_cli.cli.lock import locked
 from dora_cli.config.compose import Composed
 from dora_cli.errors import UserError
-from dora_cli.evaluation.metrics import build_metrics
 from dora_cli.evaluation.predict import evaluate
+from dora_cli.evaluation.scorers import build_scorer
 from dora_cli.reporting.events import ALLOCATION, MetricsFile, jsonable, read_events
 from dora_cli.reporting.terminal import View, print_plan, print_summary
 from dora_cli.training.loop import Hooks, train
@@ -91,7 +91,7 @@ def _build(composed: Composed, checkpoint: Path | None) -> Session:
     if Path(composed.config.model.name).is_dir():
         verify_if_listed(composed.config.model.name)
     session = build(composed, None if checkpoint else _begin(composed))
-    build_metrics(session.task.metric_names, session.task.num_labels)  # a wrong name, before the folder is made
+    build_scorer(session.task)  # a wrong name, before the folder is made
     return session
 
 

@@ -27,6 +27,8 @@ class Encoded:
         side: ``right`` or ``left``, where the tokenizer pads.
         ids: what names a row in a file of predictions.
         truncated: rows that were longer than allowed and lost their end.
+        places: for every row its number in the split, where rows were left out; ``None`` where all are there.
+        notes: sentences for the plan on what was left out, and why.
     """
 
     ragged: dict[str, Tensor]
@@ -36,6 +38,8 @@ class Encoded:
     side: str = "right"
     ids: list[Any] = field(default_factory=list)
     truncated: int = 0
+    places: list[int] | None = None
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -44,6 +48,10 @@ class Encoded:
         start, end = self.offsets[index], self.offsets[index + 1]
         example = {name: values[start:end] for name, values in self.ragged.items()}
         return example | {name: values[index] for name, values in self.scalars.items()}
+
+    def place(self, row: int) -> int:
+        """The number of a row in the split that it was read from."""
+        return row if self.places is None else self.places[row]
 
     @property
     def lengths(self) -> Tensor:

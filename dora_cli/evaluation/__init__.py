@@ -7,3 +7,10 @@ CLASSIFICATION = {
 }
 REGRESSION = {name: f"{_METRICS}:{name}" for name in ("pearson", "spearman", "mse", "mae")}
 METRICS = CLASSIFICATION | REGRESSION
+TOKENS = ("perplexity", "token_accuracy")  # of language models, where the loss is measured
+
+# What a task's ``kind`` says about its outputs → what scores them.
+SCORERS = {
+    "labels": "dora_cli.evaluation.scorers:LabelScorer",
+    "tokens": "dora_cli.evaluation.scorers:TokenScorer",
+}

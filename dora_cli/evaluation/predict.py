@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from dora_cli.data.batching import batches, sequential_batches
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.tasks.base import Task
-from dora_cli.evaluation.metrics import build_metrics
+from dora_cli.evaluation.scorers import build_scorer
 from dora_cli.modes import autocast, evaluating
 
 
 @dataclass
 class EvalResult:
-    """``metrics``: ``loss`` (the mean over rows) and the task's metrics by name. ``predictions``: one
-    ``{"id", "prediction", "reference"}`` a row, in the order of the rows, or ``None`` if they were not asked for."""
+    """``metrics``: ``loss`` (the mean over rows, or tokens) and the task's metrics by name. ``predictions``: an object
+    with ``id`` and what the scorer has to say (``prediction`` and ``reference``) a row, in the order of the rows, or
+    ``None`` if they were not asked for."""
 
     metrics: dict[str, float]
     predictions: list[dict[str, Any]] | None = None
@@ -41,31 +42,23 @@ def evaluate(
         device: where the batches go.
         batch_size: rows per batch; the results do not depend on it, but for rounding.
         autocast_dtype: ``torch.bfloat16`` for mixed precision; ``None`` for the weights' own.
-        keep_predictions: also return what the model said to every row (one value a row is kept, never the logits).
+        keep_predictions: also return what the model said to every row (a few values a row are kept, never the logits).
     """
-    metrics = build_metrics(task.metric_names, task.num_labels)
+    scorer = build_scorer(task, keep=keep_predictions)
     device = torch.device(device)
     plan = sequential_batches(encoded.lengths, batch_size)
     losses: list[Tensor] = []  # one number a batch, read at the end: no waiting for the device in between
-    rows = 0
-    predicted: list[Tensor] = []
-    expected: list[Tensor] = []
+    count = 0
     with evaluating(model), torch.no_grad(), autocast(device, autocast_dtype):
         for batch in batches(encoded, plan, pin=device.type == "cuda"):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             total, n, outputs = task.loss(model, batch)
-            prediction, reference = task.predict(outputs), task.reference(batch)
-            metrics.update(prediction, reference)
+            scorer.update(outputs, batch)
             losses.append(total)
-            rows += n
-            if keep_predictions:
-                predicted.append(prediction.cpu())
-                expected.append(reference.cpu())
-    values = {"loss": torch.stack(losses).cpu().double().sum().item() / rows, **metrics.compute()}
+            count += n
+    values = {"loss": torch.stack(losses).cpu().double().sum().item() / max(count, 1), **scorer.metrics()}
     if not keep_predictions:
         return EvalResult(values)
     order = torch.tensor([row for batch in plan for row in batch]).argsort()  # back from long-to-short
-    said = zip(
-        encoded.ids, task.decode(torch.cat(predicted)[order]), task.decode(torch.cat(expected)[order]), strict=True
-    )
-    return EvalResult(values, [{"id": i, "prediction": p, "reference": r} for i, p, r in said])
+    said = scorer.predictions()
+    return EvalResult(values, [{"id": i, **said[k]} for i, k in zip(encoded.ids, order.tolist(), strict=True)])

@@ -205,7 +205,7 @@ def print_plan(sections: Mapping[str, Mapping[str, str]]) -> None:
         table.add_column(width=14, style="dim")
         table.add_column(overflow="fold")
         for key, value in rows.items():
-            table.add_row(key, value)
+            table.add_row(Text(key), Text(value, overflow="fold"))  # brackets are no markup here
         console.print(Text(title, style="bold"))
         console.print(table)
 
@@ -234,7 +234,7 @@ def print_summary(summary: Mapping[str, Any], files: Mapping[str, Path]) -> None
         f"peak {train['peak_rss_mib']:,} MiB",
     )
     for name, path in files.items():
-        table.add_row(name, str(path))
+        table.add_row(name, Text(str(path), overflow="fold"))
     with to_whoever_looks():
         console.print(table)
         sys.stdout.flush()

@@ -128,9 +128,10 @@ def _blame(session: Session, progress: Progress, hooks: Hooks, step: int, loss: 
     most = session.config.train.max_skipped
     progress.skipped += 1
     what = "gradient" if math.isfinite(loss) else "loss"
-    rows = session.rows_of(step)
+    rows, encoded = session.rows_of(step), session.encoded["train"]
     # One by one: a row with a broken label or value, among others that are fine.
-    guilty = [row for row in rows if not math.isfinite(_loss_of(session, row))]
+    guilty = [encoded.place(row) for row in rows if not math.isfinite(_loss_of(session, row))]
+    rows = [encoded.place(row) for row in rows]
     hooks.skipped({"step": step, "split": SKIPPED, "what": what, "rows": rows, "guilty": guilty})
     if progress.skipped <= most:
         return

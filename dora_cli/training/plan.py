@@ -11,6 +11,8 @@ from dora_cli.training.setup import Session
 
 CPU_INFO = Path("/proc/cpuinfo")  # Linux
 
+EXAMPLE_TOKENS = 400  # of a row that are shown
+
 Sections = dict[str, dict[str, str]]
 
 
@@ -27,6 +29,7 @@ def describe(session: Session, out: str) -> Sections:
     sections["training"] = _training(session)
     if session.config.dry_run:
         sections["training"]["memory"] = _memory(session)
+        sections["examples"] = _examples(session)
     notes = _notes(session)
     if notes:
         sections["note"] = {str(i): text for i, text in enumerate(notes, start=1)}
@@ -47,11 +50,29 @@ def _run(session: Session, out: str) -> dict[str, str]:
 
 def _data(session: Session) -> dict[str, str]:
     lines = {role: f"{len(rows):,} rows" for role, rows in session.encoded.items()}
-    if session.task.num_labels > 1:
-        lines["labels"] = ", ".join(session.task.model_kwargs()["id2label"].values())
+    lines |= session.task.facts()
     cut = sum(rows.truncated for rows in session.encoded.values())
     if cut:
         lines["truncated"] = f"{cut:,} rows were longer than data.max_length={session.config.data.max_length} tokens"
+    return lines
+
+
+def _examples(session: Session) -> dict[str, str]:
+    """Two rows as the model will see them: every token, in brackets where it is learned, and the other columns."""
+    encoded = session.encoded["train"]
+    lines = {}
+    for number in range(min(2, len(encoded))):
+        example = encoded[number]
+        ids = example["input_ids"].tolist()
+        learned = [label >= 0 for label in example["labels"].tolist()] if "labels" in encoded.ragged else None
+        words = session.tokenizer.convert_ids_to_tokens(ids)
+        if learned is not None:
+            words = [f"[{word}]" if learns else word for word, learns in zip(words, learned, strict=True)]
+        shown = " ".join(words[:EXAMPLE_TOKENS])
+        more = f" … and {len(words) - EXAMPLE_TOKENS:,} more" if len(words) > EXAMPLE_TOKENS else ""
+        facts = [f"{len(ids):,} tokens" + (f", {sum(learned):,} learned (in brackets)" if learned else "")]
+        facts += [f"{name} {example[name].tolist()}" for name in encoded.scalars]
+        lines[f"row {encoded.place(number) + 1}"] = f"{'; '.join(facts)}\n{shown}{more}"
     return lines
 
 
@@ -132,6 +153,7 @@ def _memory(session: Session) -> str:
 
 def _notes(session: Session) -> list[str]:
     notes = [*session.rows.notes, *session.notes]
+    notes += [f"{role}: {note}" for role, rows in session.encoded.items() for note in rows.notes]
     notes += [f"a key from a recipe or preset has no effect: {line}" for line in session.composed.dropped]
     allocation = session.allocation
     warmup = warmup_steps(session.config.train.warmup, session.total_steps)

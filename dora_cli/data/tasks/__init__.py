@@ -7,9 +7,11 @@ from dora_cli.registry import load
 TASKS = {
     "classification": "dora_cli.data.tasks.classification:Classification",
     "regression": "dora_cli.data.tasks.regression:Regression",
+    "sft": "dora_cli.data.tasks.sft:Sft",
+    "clm": "dora_cli.data.tasks.clm:Clm",
 }
 
-LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})
+LOWER_IS_BETTER = frozenset({"loss", "mse", "mae", "perplexity"})
 
 
 def higher_is_better(metric: str) -> bool:

@@ -16,6 +16,7 @@ class TaskChoice(Protocol):
     metrics: list[str]
     max_length: int
     cache: str | None
+    template: str | None
 
     @property
     def columns(self) -> Mapping[str, str | None]: ...
@@ -25,7 +26,7 @@ class Loss(NamedTuple):
     """A batch's loss, not yet averaged, so that accumulated gradients can be weighted exactly.
 
     ``total``: the sum over what the loss averages over (rows, or tokens), float32, no dimensions. ``n``: how many those
-    were. ``outputs``: what ``Task.predict`` reads.
+    were. ``outputs``: what the task's scorer reads.
     """
 
     total: Tensor
@@ -37,19 +38,19 @@ class Task(Protocol):
     """One kind of task. Order of use: ``fit``, ``model_kwargs``, ``encode``, then ``loss`` and the rest.
 
     Attributes:
+        name: its value of ``data.task``.
+        kind: of outputs, which decides what scores them (``evaluation.SCORERS``): ``labels`` or ``tokens``.
         auto_class: transformers' class for the model.
         peft_task_type: the same in PEFT's words, for ``adapter_config.json``.
         metric_names: what to report; the first chooses the best checkpoint.
-        num_labels: outputs of the head, 1 for regression.
         higher_is_better: of the first metric.
     """
 
+    name: str
+    kind: str
     auto_class: str
     peft_task_type: str
     metric_names: list[str]
-
-    @property
-    def num_labels(self) -> int: ...
 
     @property
     def higher_is_better(self) -> bool: ...
@@ -72,6 +73,16 @@ class Task(Protocol):
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Loss:
         """Run the model on a batch (on the model's device) and measure it, in float32."""
+
+    def facts(self) -> dict[str, str]:
+        """What the plan says of the data beside the numbers of rows, key → text."""
+
+
+class LabelTask(Task, Protocol):
+    """One value a row, a label or a number. ``num_labels``: outputs of the head, 1 for regression."""
+
+    @property
+    def num_labels(self) -> int: ...
 
     def predict(self, outputs: Tensor) -> Tensor:
         """What the model says, one value a row, shape ``(n,)``."""

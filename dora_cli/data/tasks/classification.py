@@ -16,13 +16,14 @@ from dora_cli.errors import UserError
 
 
 class Classification:
-    """One of several labels for a row (see ``Task``).
+    """One of several labels for a row (see ``LabelTask``).
 
     The labels are ``config.labels``, else those of the data: the names of a ``ClassLabel`` column, or the different
     values in train (numbers in their order, words by alphabet). With ``config.labels``, data may also give a label by
     its position, as the GLUE files do.
     """
 
+    name, kind = "classification", "labels"
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
 
@@ -65,6 +66,9 @@ class Classification:
         names = _class_names(rows, column)
         labels = torch.tensor([self._index(value, names) for value in values(rows, column)])
         return encode_texts(rows, self.columns, tokenizer, self.config, scalars={"labels": labels})
+
+    def facts(self) -> dict[str, str]:
+        return {"labels": ", ".join(self.labels)}
 
     def count(self, batch: dict[str, Tensor]) -> int:
         return len(batch["labels"])

@@ -15,8 +15,9 @@ from dora_cli.errors import UserError
 
 
 class Regression:
-    """One number for a row, by squared error (see ``Task``)."""
+    """One number for a row, by squared error (see ``LabelTask``)."""
 
+    name, kind = "regression", "labels"
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
     num_labels = 1
@@ -52,6 +53,9 @@ class Regression:
     def encode(self, rows: Any, tokenizer: Any) -> Encoded:
         labels = torch.tensor([_number(value) for value in values(rows, self.columns["label"])], dtype=torch.float32)
         return encode_texts(rows, self.columns, tokenizer, self.config, scalars={"labels": labels})
+
+    def facts(self) -> dict[str, str]:
+        return {}
 
     def count(self, batch: dict[str, Tensor]) -> int:
         return len(batch["labels"])

@@ -1,0 +1,159 @@
+"""What language-model tasks share: a loss over the tokens to be learned, and rows made of tokens and labels."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_cli.data.encoded import Encoded
+from dora_cli.data.tasks import higher_is_better
+from dora_cli.data.tasks.base import Loss, TaskChoice
+from dora_cli.errors import UserError
+
+IGNORED = -100  # the label of a token that is read but not learned
+CHUNK = 256  # tokens whose probabilities are in float32 at a time
+
+
+class CausalTask:
+    """A left-to-right language model (see ``Task``).
+
+    A batch holds ``input_ids``, ``attention_mask`` and ``labels``, shape ``(n, s)`` each; the label of a token is
+    itself, or ``IGNORED``, and is predicted from the tokens before it.
+    """
+
+    name = "causal"
+    kind = "tokens"
+    auto_class = "AutoModelForCausalLM"
+    peft_task_type = "CAUSAL_LM"
+
+    def __init__(self, config: TaskChoice) -> None:
+        if config.labels is not None:
+            raise UserError(f"data.labels has no meaning for data.task={self.name}", hint="set data.labels=null")
+        self.config = config
+        self.metric_names = list(config.metrics) or ["perplexity"]
+        self.columns: dict[str, str] = {}
+
+    @property
+    def higher_is_better(self) -> bool:
+        return higher_is_better(self.metric_names[0])
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def facts(self) -> dict[str, str]:
+        return {}
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> Loss:
+        """``outputs``: (n, 3) of each row the summed loss, how many tokens, and how many were predicted right."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = model(**inputs, use_cache=False).logits[:, :-1]  # (n, s − 1, vocabulary)
+        labels = batch["labels"][:, 1:]
+        losses, right = TokenLoss.apply(logits, labels)  # (n, s − 1) each, 0 where nothing is learned
+        learned = labels != IGNORED
+        with torch.no_grad():
+            outputs = torch.stack([losses.sum(1), learned.sum(1).to(losses), right.sum(1)], dim=1)
+        return Loss(losses.sum(), self.count(batch), outputs)
+
+
+class TokenLoss(torch.autograd.Function):
+    """Cross-entropy of every token in float32, a few thousand numbers of the vocabulary's width at a time.
+
+    The gradient is made along the way, in the logits' own type, so that beside the logits nothing of their size is kept
+    in float32; with large vocabularies that is most of a step's memory. Nothing depends on how many tokens are learned,
+    so the host does not wait.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """logits (n, s, V) and labels (n, s) → losses (n, s) and whether the best guess is right (n, s), float32."""
+        wanted = labels.clamp_min(0)
+        learned = (labels != IGNORED).float()
+        losses, right = torch.empty_like(learned), torch.empty_like(learned)
+        gradient = torch.empty_like(logits) if logits.requires_grad else None
+        for row in range(len(logits)):
+            for start in range(0, logits.shape[1], CHUNK):
+                part = (row, slice(start, start + CHUNK))
+                log_p = logits[part].float().log_softmax(-1)
+                index = wanted[part][:, None]
+                losses[part] = -log_p.gather(-1, index)[:, 0] * learned[part]
+                right[part] = (log_p.argmax(-1) == wanted[part]) * learned[part]
+                if gradient is not None:
+                    slope = log_p.exp_()
+                    slope.scatter_add_(-1, index, -torch.ones_like(index, dtype=slope.dtype))
+                    gradient[part] = slope.mul_(learned[part][:, None])
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(right)
+        return losses, right
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(upstream[0][..., None].to(gradient.dtype)), None
+
+
+@dataclass
+class TokenRows:
+    """Rows of tokens and labels, gathered one by one into what :class:`Encoded` holds.
+
+    Args:
+        max_length: longer rows lose their end.
+    """
+
+    max_length: int
+    ids: list[Any] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    tokens: list[np.ndarray] = field(default_factory=list)
+    labels: list[np.ndarray] = field(default_factory=list)
+    truncated: int = 0
+    unlearnable: int = 0  # rows without a token to learn, which are left out
+
+    def add(self, tokens: Iterable[int], learned: Iterable[bool], *, name: Any, place: int) -> None:
+        """One row: its tokens, and which of them are learned; ``name`` for predictions, ``place`` in the split."""
+        row = np.fromiter(tokens, np.int32)
+        labels = np.where(np.fromiter(learned, bool, len(row)), row, IGNORED).astype(np.int32)
+        if len(row) > self.max_length:
+            row, labels = row[: self.max_length], labels[: self.max_length]
+            self.truncated += 1
+        labels[:1] = IGNORED  # nothing comes before it
+        if (labels == IGNORED).all():
+            self.unlearnable += 1
+            return
+        self.ids.append(name)
+        self.places.append(place)
+        self.tokens.append(row)
+        self.labels.append(labels)
+
+    def encoded(self, tokenizer: Any, what: str) -> Encoded:
+        """All of them.
+
+        Raises:
+            UserError: there is not one row; ``what`` says of what.
+        """
+        if not self.tokens:
+            raise UserError(
+                f"no row of {what} has anything to learn within data.max_length={self.max_length} tokens",
+                hint="raise data.max_length, or look at the prompts: dry_run=true with a larger one shows two rows",
+            )
+        notes = []
+        if self.unlearnable:
+            notes.append(f"{self.unlearnable:,} rows left out: nothing to learn within {self.max_length} tokens")
+        return Encoded(
+            ragged={
+                "input_ids": torch.from_numpy(np.concatenate(self.tokens)),
+                "labels": torch.from_numpy(np.concatenate(self.labels)),
+            },
+            offsets=torch.tensor([0, *map(len, self.tokens)]).cumsum(0),
+            scalars={},
+            pads={"input_ids": tokenizer.pad_token_id, "labels": IGNORED},
+            side=tokenizer.padding_side,
+            ids=self.ids,
+            truncated=self.truncated,
+            places=self.places if self.unlearnable else None,
+            notes=notes,
+        )

@@ -1,0 +1,100 @@
+"""What an evaluation adds up of a task's outputs, batch by batch, and what it remembers of every row."""
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dora_cli.data.tasks.base import Task
+from dora_cli.errors import UserError
+from dora_cli.evaluation import SCORERS, TOKENS
+from dora_cli.evaluation.metrics import build_metrics
+from dora_cli.registry import load
+
+
+class Scorer(Protocol):
+    """One evaluation of one split."""
+
+    def update(self, outputs: Tensor, batch: dict[str, Tensor]) -> None:
+        """Take in a batch: what ``Task.loss`` gave, and what it was given."""
+
+    def metrics(self) -> dict[str, float]:
+        """The task's metrics of everything taken in, by name."""
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """One object a row, in the order in which rows were taken in; only where they were to be kept."""
+
+
+def build_scorer(task: Task, *, keep: bool = False) -> Scorer:
+    """A fresh scorer for a task.
+
+    Args:
+        task: its ``kind`` and ``metric_names`` say what is measured.
+        keep: remember what was said to every row.
+
+    Raises:
+        UserError: a metric that is unknown, or none of this kind of task.
+    """
+    scorer: Scorer = load(SCORERS, task.kind, key="data.task")(task, keep)
+    return scorer
+
+
+class LabelScorer:
+    """One value a row: a label, or a number."""
+
+    def __init__(self, task: Any, keep: bool) -> None:
+        self.task, self.keep = task, keep
+        self.set = build_metrics(task.metric_names, task.num_labels)
+        self.predicted: list[Tensor] = []
+        self.expected: list[Tensor] = []
+
+    def update(self, outputs: Tensor, batch: dict[str, Tensor]) -> None:
+        prediction, reference = self.task.predict(outputs), self.task.reference(batch)
+        self.set.update(prediction, reference)
+        if self.keep:
+            self.predicted.append(prediction.cpu())
+            self.expected.append(reference.cpu())
+
+    def metrics(self) -> dict[str, float]:
+        return self.set.compute()
+
+    def predictions(self) -> list[dict[str, Any]]:
+        said, meant = (self.task.decode(torch.cat(values)) for values in (self.predicted, self.expected))
+        return [{"prediction": p, "reference": r} for p, r in zip(said, meant, strict=True)]
+
+
+class TokenScorer:
+    """Tokens that are to be predicted one by one: (n, 3) of each row the summed loss, how many, and how many right.
+
+    ``perplexity`` is e to the mean loss of a token, over all tokens of all rows.
+    """
+
+    def __init__(self, task: Any, keep: bool) -> None:
+        unknown = [name for name in task.metric_names if name not in (*TOKENS, "loss")]
+        if unknown:
+            raise UserError(
+                f"data.metrics: '{unknown[0]}' is no metric of data.task={task.name}",
+                hint=f"choose from {', '.join(TOKENS)}",
+            )
+        self.names = [name for name in task.metric_names if name != "loss"]
+        self.rows: list[Tensor] = []
+
+    def update(self, outputs: Tensor, batch: dict[str, Tensor]) -> None:
+        self.rows.append(outputs.detach())
+
+    def metrics(self) -> dict[str, float]:
+        loss, count, right = torch.cat(self.rows).cpu().double().sum(0).tolist()
+        mean = loss / max(count, 1)
+        values = {
+            "perplexity": math.exp(mean) if mean < 700 else math.inf,
+            "token_accuracy": right / max(count, 1),
+        }
+        return {name: values[name] for name in self.names}
+
+    def predictions(self) -> list[dict[str, Any]]:
+        rows = torch.cat(self.rows).cpu().double().tolist()
+        return [
+            {"loss": round(loss / max(count, 1), 6), "tokens": int(count), "right": int(right)}
+            for loss, count, right in rows
+        ]
