@@ -1,7 +1,7 @@
 """Tokenised rows: packed flat in memory, padded to the longest row of a batch on demand."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -57,6 +57,18 @@ class Encoded:
     def lengths(self) -> Tensor:
         """Tokens of every row, shape ``(N,)``."""
         return self.offsets[1:] - self.offsets[:-1]
+
+    def select(self, rows: Sequence[int]) -> "Encoded":
+        """These rows alone, in this order."""
+        spans = [slice(int(self.offsets[i]), int(self.offsets[i + 1])) for i in rows]
+        return replace(
+            self,
+            ragged={name: torch.cat([values[span] for span in spans]) for name, values in self.ragged.items()},
+            offsets=torch.tensor([0, *(span.stop - span.start for span in spans)]).cumsum(0),
+            scalars={name: values[torch.tensor(rows)] for name, values in self.scalars.items()},
+            ids=[self.ids[i] for i in rows] if self.ids else [],
+            places=[self.place(i) for i in rows],
+        )
 
     def fingerprint(self) -> str:
         """What tells these rows from others: lengths, labels, and all tokens or, of large sets, millions of them."""

@@ -20,6 +20,7 @@ from dora_cli.allocation.controller import Allocation
 from dora_cli.config.schema import Config
 from dora_cli.data.batching import LengthGroupedBatches, batches
 from dora_cli.data.encoded import Encoded
+from dora_cli.data.packing import pack
 from dora_cli.data.sources import Rows, load_rows
 from dora_cli.data.tasks import build_task
 from dora_cli.data.tasks.base import Task
@@ -173,6 +174,8 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
     )
     model = loaded.model
     encoded = {role: task.encode(split, loaded.tokenizer) for role, split in rows.splits.items()}
+    if config.data.packing:
+        encoded["train"] = _packed(task, loaded.model, encoded["train"], config.data.max_length)
 
     model.requires_grad_(False)
     parts["adapter"].unfreeze(model, loaded.head_modules)
@@ -243,6 +246,30 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         siblings=siblings,
         notes=start.notes if start is not None else (),
     )
+
+
+def _packed(task: Task, model: nn.Module, encoded: Encoded, length: int) -> Encoded:
+    """Several documents to a row, where this model keeps them apart: a row of two has to have the loss of both alone.
+
+    Raises:
+        UserError: the task has no documents, or the model lets them see each other.
+    """
+    if task.kind != "tokens":
+        raise UserError(f"data.packing=true is for language models, and data.task={task.name} has none")
+    packed = pack(encoded, length)
+    middle = max(len(encoded) // 2 - 1, 0)
+    two = encoded.select(encoded.lengths.argsort(stable=True)[middle : middle + 2].tolist())  # of middling length
+    if len(two) == 2:
+        alone, together = two.batch([0, 1]), pack(two, int(two.lengths.sum())).batch([0])
+        with evaluating(model), torch.no_grad():
+            apart, packed_loss = (float(task.loss(model, batch).total) for batch in (alone, together))
+        if abs(apart - packed_loss) > 1e-4 * max(1.0, abs(apart)):
+            raise UserError(
+                f"data.packing=true: {type(model).__name__} lets the documents of a row see each other",
+                where=f"two documents have a loss of {apart:.6g} apart and {packed_loss:.6g} in one row",
+                hint="set data.packing=false",
+            )
+    return packed
 
 
 def _checkpoint_activations(model: Any) -> None:

@@ -159,3 +159,30 @@ def test_the_dry_run_shows_two_rows_as_the_model_sees_them(
     assert "<|im_start|> assistant [" in " ".join(shown.split())
     assert "[<|im_end|>]" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_packed_rows_learn_and_go_on_to_the_same_bits(tune: Callable[..., int], tmp_path: Path) -> None:
+    words = ["method=lora", "budget=r2", "data.packing=true", "data.max_length=48", "train.max_steps=8"]
+    words += ["train.batch_size=2", "train.save_every=4", "train.eval_every=8"]
+    assert tune(*words, f"out={tmp_path}/one") == 0
+    assert tune(*words, f"out={tmp_path}/two", "resume=true") == 0
+    one, two = (load_file(tmp_path / r / "adapter/adapter_model.safetensors") for r in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_model_whose_documents_would_see_each_other_is_refused(
+    tune: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    assert tune("method=lora", "budget=r2", "data.packing=true") == 2
+    assert "lets the documents of a row see each other" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_language_models_have_documents_to_pack(
+    dora_train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dora_train("method=lora", "budget=r2", "data.packing=true") == 2
+    assert "data.packing=true is for language models" in capsys.readouterr().err

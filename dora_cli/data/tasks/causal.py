@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dora_cli.data.encoded import Encoded
+from dora_cli.data.packing import POSITIONS
 from dora_cli.data.tasks import higher_is_better
 from dora_cli.data.tasks.base import Loss, TaskChoice
 from dora_cli.errors import UserError
@@ -51,8 +52,10 @@ class CausalTask:
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Loss:
         """``outputs``: (n, 3) of each row the summed loss, how many tokens, and how many were predicted right."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        logits = model(**inputs, use_cache=False).logits[:, :-1]  # (n, s − 1, vocabulary)
+        # Positions that begin anew keep packed documents apart, but only where no mask is given (see data.packing).
+        seen = POSITIONS if POSITIONS in batch else "attention_mask"
+        output = model(input_ids=batch["input_ids"], **{seen: batch[seen]}, use_cache=False)
+        logits = output.logits[:, :-1]  # (n, s − 1, vocabulary)
         labels = batch["labels"][:, 1:]
         losses, right = TokenLoss.apply(logits, labels)  # (n, s − 1) each, 0 where nothing is learned
         learned = labels != IGNORED
