@@ -45,6 +45,10 @@ class DataConfig:
     labels: list[str] | None = key(None, "the labels in order; null reads them from the data")
     metrics: list[str] = key([], "metrics to report; the first chooses the best checkpoint; empty: the task's own")
     max_length: int = key(128, "longest input in tokens", low=1)
+    answer: str | None = key(
+        None, "regular expression for what counts of an answer that is written (exact_match); null: all of it"
+    )
+    max_new_tokens: int = key(256, "longest answer that is written, in tokens", low=1)
     packing: bool = key(False, "of sft and clm: fill training rows with several documents, which do not see each other")
     max_train_samples: int | None = key(None, "use only the first N training rows after a seeded shuffle", low=1)
     max_eval_samples: int | None = key(None, "use only the first N rows of each evaluation split", low=1)

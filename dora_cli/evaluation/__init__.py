@@ -8,6 +8,7 @@ CLASSIFICATION = {
 REGRESSION = {name: f"{_METRICS}:{name}" for name in ("pearson", "spearman", "mse", "mae")}
 METRICS = CLASSIFICATION | REGRESSION
 TOKENS = ("perplexity", "token_accuracy")  # of language models, where the loss is measured
+WRITTEN = ("exact_match",)  # of what they write by themselves, which takes much longer
 
 # What a task's ``kind`` says about its outputs → what scores them.
 SCORERS = {

@@ -53,7 +53,7 @@ def evaluate(
         for batch in batches(encoded, plan, pin=device.type == "cuda"):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             total, n, outputs = task.loss(model, batch)
-            scorer.update(outputs, batch)
+            scorer.update(model, outputs, batch)
             losses.append(total)
             count += n
     values = {"loss": torch.stack(losses).cpu().double().sum().item() / max(count, 1), **scorer.metrics()}

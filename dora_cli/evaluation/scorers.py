@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dora_cli.data.tasks.base import Task
 from dora_cli.errors import UserError
-from dora_cli.evaluation import SCORERS, TOKENS
+from dora_cli.evaluation import SCORERS, TOKENS, WRITTEN
+from dora_cli.evaluation.generate import answer, generate, last_turn, turn_ends
 from dora_cli.evaluation.metrics import build_metrics
 from dora_cli.registry import load
 
@@ -16,8 +17,8 @@ from dora_cli.registry import load
 class Scorer(Protocol):
     """One evaluation of one split."""
 
-    def update(self, outputs: Tensor, batch: dict[str, Tensor]) -> None:
-        """Take in a batch: what ``Task.loss`` gave, and what it was given."""
+    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor]) -> None:
+        """Take in a batch: what ``Task.loss`` gave with this model, and what it was given."""
 
     def metrics(self) -> dict[str, float]:
         """The task's metrics of everything taken in, by name."""
@@ -49,7 +50,7 @@ class LabelScorer:
         self.predicted: list[Tensor] = []
         self.expected: list[Tensor] = []
 
-    def update(self, outputs: Tensor, batch: dict[str, Tensor]) -> None:
+    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor]) -> None:
         prediction, reference = self.task.predict(outputs), self.task.reference(batch)
         self.set.update(prediction, reference)
         if self.keep:
@@ -67,21 +68,27 @@ class LabelScorer:
 class TokenScorer:
     """Tokens that are to be predicted one by one: (n, 3) of each row the summed loss, how many, and how many right.
 
-    ``perplexity`` is e to the mean loss of a token, over all tokens of all rows.
+    ``perplexity`` is e to the mean loss of a token, over all tokens of all rows. ``exact_match`` is the share of
+    rows of which the model, given all before the last learned stretch, writes what ``data.answer`` finds in it.
     """
 
     def __init__(self, task: Any, keep: bool) -> None:
-        unknown = [name for name in task.metric_names if name not in (*TOKENS, "loss")]
+        unknown = [name for name in task.metric_names if name not in (*TOKENS, *WRITTEN, "loss")]
         if unknown:
             raise UserError(
                 f"data.metrics: '{unknown[0]}' is no metric of data.task={task.name}",
-                hint=f"choose from {', '.join(TOKENS)}",
+                hint=f"choose from {', '.join((*TOKENS, *WRITTEN))}",
             )
+        self.task = task
         self.names = [name for name in task.metric_names if name != "loss"]
+        self.writes = bool(set(WRITTEN) & set(self.names))
         self.rows: list[Tensor] = []
+        self.texts: list[tuple[str, str]] = []  # what was written, and what should have been
 
-    def update(self, outputs: Tensor, batch: dict[str, Tensor]) -> None:
+    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor]) -> None:
         self.rows.append(outputs.detach())
+        if self.writes:
+            self._write(model, batch)
 
     def metrics(self) -> dict[str, float]:
         loss, count, right = torch.cat(self.rows).cpu().double().sum(0).tolist()
@@ -90,11 +97,33 @@ class TokenScorer:
             "perplexity": math.exp(mean) if mean < 700 else math.inf,
             "token_accuracy": right / max(count, 1),
         }
+        if self.writes:
+            values["exact_match"] = sum(self._matches(*texts) for texts in self.texts) / max(len(self.texts), 1)
         return {name: values[name] for name in self.names}
 
     def predictions(self) -> list[dict[str, Any]]:
         rows = torch.cat(self.rows).cpu().double().tolist()
-        return [
+        facts = [
             {"loss": round(loss / max(count, 1), 6), "tokens": int(count), "right": int(right)}
             for loss, count, right in rows
         ]
+        if not self.writes:
+            return facts
+        texts = [{"prediction": said, "reference": meant} for said, meant in self.texts]
+        return [{**text, **fact} for text, fact in zip(texts, facts, strict=True)]
+
+    def _write(self, model: Any, batch: dict[str, Tensor]) -> None:
+        tokenizer = self.task.tokenizer
+        real = batch["attention_mask"].bool()
+        turns = [last_turn(batch["input_ids"][i][real[i]], batch["labels"][i][real[i]]) for i in range(len(real))]
+        ends = turn_ends(tokenizer, [turn for _, turn in turns])
+        prompts, longest = [before for before, _ in turns], self.task.config.max_new_tokens
+        written = generate(model, tokenizer, prompts, longest, ends)
+        for said, (_, meant) in zip(written, turns, strict=True):
+            texts = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (said, meant.tolist()))
+            self.texts.append((next(texts), next(texts)))
+
+    def _matches(self, said: str, meant: str) -> bool:
+        pattern = self.task.answer_pattern
+        expected = answer(meant, pattern)
+        return expected is not None and answer(said, pattern) == expected

@@ -32,7 +32,16 @@ def build(folder: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[Any
     config = {"task": "clm", "columns": {}, "labels": None, "metrics": [], "max_length": 4, "cache": None}
     source = {"name": None, "config": None, "path": str(file), "splits": {}, "max_train_samples": None}
     choice = SimpleNamespace(
-        **{**config, **source, "max_eval_samples": None, "holdout": 0.1, "template": None, **options}
+        **{
+            **config,
+            **source,
+            "max_eval_samples": None,
+            "holdout": 0.1,
+            "template": None,
+            "answer": None,
+            "max_new_tokens": 8,
+            **options,
+        }
     )
     loaded = load_rows(choice, offline=True, seed=1, roles=["train"])
     task = build_task(choice)

@@ -75,7 +75,7 @@ def model_of(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma2", "gpt2", "gpt_neox", "phi"])
 def test_packed_losses_are_those_of_documents_alone(kind: str, side: str) -> None:
     model, encoded = model_of(kind), documents([9, 4, 12, 3, 7, 10], side)
-    task = Sft(SimpleNamespace(labels=None, metrics=[]))  # type: ignore[arg-type]
+    task = Sft(SimpleNamespace(labels=None, metrics=[], answer=None))  # type: ignore[arg-type]
     packed = pack(encoded, 16)
     batch = packed.batch(range(len(packed)))
     assert batch["input_ids"].shape[0] < len(encoded)

@@ -55,7 +55,7 @@ def build(folder: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[Any
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {"task": "sft", "columns": {}, "labels": None, "metrics": [], "max_length": 64, "cache": None}
     source = {"name": None, "config": None, "path": str(file), "splits": {}, "max_train_samples": None}
-    more = {"max_eval_samples": None, "holdout": 0.1, "template": None}
+    more = {"max_eval_samples": None, "holdout": 0.1, "template": None, "answer": None, "max_new_tokens": 8}
     choice = SimpleNamespace(**{**config, **source, **more, **options})
     loaded = load_rows(choice, offline=True, seed=1, roles=["train"])
     task = build_task(choice)

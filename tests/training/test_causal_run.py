@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rust = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     rust.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -114,6 +116,42 @@ def test_adapted_merged_and_pefts_logits_agree_and_evaluations_too(
     assert len(rows) == 16
     mean = sum(r["loss"] * r["tokens"] for r in rows) / sum(r["tokens"] for r in rows)
     assert mean == pytest.approx(one["metrics"]["loss"], rel=1e-4)
+
+
+def test_what_it_writes_is_compared_with_what_it_should_say(tune: Callable[..., int], tmp_path: Path) -> None:
+    """By hand, token by token without a cache or padding, it writes the same."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert tune(*METHOD, *STEPS, "train.max_steps=80", "train.eval_every=80", "save.merged=true") == 0
+    run, words = tmp_path / "run", ["data.metrics=[exact_match,perplexity]", "data.max_new_tokens=3"]
+    assert dora_eval([f"checkpoint={run}", *words, "train.eval_batch_size=5", f"out={tmp_path}/one"]) == 0
+    assert dora_eval([f"checkpoint={run}", *words, "data.answer=[a-z]+e$", f"out={tmp_path}/two"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "one/predictions-validation.jsonl").read_text().splitlines()]
+    metrics = json.loads((tmp_path / "one/eval-validation.json").read_text())["metrics"]
+    assert metrics["exact_match"] == sum(r["prediction"] == r["reference"] for r in rows) / 16
+    assert metrics["exact_match"] > 0.3, "it has learned to say again what was said"
+
+    model = AutoModelForCausalLM.from_pretrained(run / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "merged")
+    lines = (run / "config.yaml").read_text().splitlines()
+    data = next(Path(line.split("path: ")[1]) for line in lines if line.startswith("  path: /"))
+    for row, line in zip(rows, (data / "validation.jsonl").read_text().splitlines(), strict=True):
+        messages = json.loads(line)["messages"]
+        text = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        before = tokens.shape[1]
+        for _ in range(3):
+            following = model(tokens).logits[:, -1].argmax(-1, keepdim=True)
+            if int(following) in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")):
+                break
+            tokens = torch.cat([tokens, following], dim=1)
+        assert row["prediction"] == tokenizer.decode(tokens[0, before:], skip_special_tokens=True)
+        assert row["reference"] == messages[-1]["content"]
+    two = json.loads((tmp_path / "two/eval-validation.json").read_text())["metrics"]
+    ending = [re.search("[a-z]+e$", r["reference"]) for r in rows]
+    said = [re.search("[a-z]+e$", r["prediction"]) for r in rows]
+    right = sum(bool(e and s and e[0] == s[0]) for e, s in zip(ending, said, strict=True))
+    assert two["exact_match"] == right / 16
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(

@@ -17,6 +17,8 @@ class TaskChoice(Protocol):
     max_length: int
     cache: str | None
     template: str | None
+    answer: str | None
+    max_new_tokens: int
 
     @property
     def columns(self) -> Mapping[str, str | None]: ...

@@ -1,5 +1,6 @@
 """What language-model tasks share: a loss over the tokens to be learned, and rows made of tokens and labels."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,11 @@ class CausalTask:
         self.config = config
         self.metric_names = list(config.metrics) or ["perplexity"]
         self.columns: dict[str, str] = {}
+        self.tokenizer: Any = None  # once rows are encoded; for what is written
+        try:
+            self.answer_pattern = re.compile(config.answer) if config.answer else None
+        except re.error as error:
+            raise UserError(f"data.answer={config.answer} is no regular expression: {error}") from error
 
     @property
     def higher_is_better(self) -> bool:

@@ -24,6 +24,8 @@ class Clm(CausalTask):
     def fit(self, rows: Rows) -> None:
         if self.config.template is not None:
             raise UserError("data.template is for data.task=sft", hint="set data.template=null")
+        if "exact_match" in self.metric_names:
+            raise UserError("data.metrics: 'exact_match' is for data.task=sft: a text has no answer")
         asked: Mapping[str, str | None] = self.config.columns
         for role in asked:
             if role not in ROLES:

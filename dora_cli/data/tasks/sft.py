@@ -63,6 +63,7 @@ class Sft(CausalTask):
                     ) from error
 
     def encode(self, rows: Any, tokenizer: Any) -> Encoded:
+        self.tokenizer = tokenizer
         chat = Chat(tokenizer) if self._uses_chat(tokenizer) else None
         gathered = TokenRows(self.config.max_length)
         names = self.columns.get("id", ROW)

@@ -1,0 +1,78 @@
+"""Answers that a language model writes by itself, and what is to be found in them."""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_cli.data.tasks.causal import IGNORED
+
+
+def last_turn(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What was said before the last learned stretch of a row, and that stretch.
+
+    Args:
+        tokens: (s,) without padding.
+        labels: (s,) the same where learned, else ``IGNORED``.
+    """
+    learned = (labels != IGNORED).nonzero()[:, 0].tolist()
+    start = end = learned[-1]
+    while start - 1 in set(learned):
+        start -= 1
+    return tokens[:start], tokens[start : end + 1]
+
+
+def turn_ends(tokenizer: Any, turns: list[Tensor]) -> set[int]:
+    """The tokens that end these turns: a chat template may end them with another than the tokenizer's end token."""
+    return {int(turn[-1]) for turn in turns if int(turn[-1]) in tokenizer.added_tokens_decoder}
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: list[Tensor], max_new_tokens: int, ends: Collection[int] = ()
+) -> list[list[int]]:
+    """What the model writes after each prompt, greedily, up to an end token or ``max_new_tokens``.
+
+    Args:
+        model: on any device, in evaluation mode.
+        tokenizer: gives the token to pad with, and one to end at.
+        prompts: (s_i,) tokens each.
+        max_new_tokens: of each answer, at most.
+        ends: further tokens to end at.
+    """
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    width = max(len(prompt) for prompt in prompts)
+    tokens = torch.full((len(prompts), width), tokenizer.pad_token_id, device=device)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):  # ends are aligned, since that is where writing begins
+        tokens[row, width - len(prompt) :] = prompt.to(device)
+        mask[row, width - len(prompt) :] = 1
+    ends = sorted({*ends, *_ends(model, tokenizer)})
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends or None
+    )
+    written = model.generate(tokens, attention_mask=mask, generation_config=config)[:, width:]
+    return [_cut(row, ends) for row in written.tolist()]
+
+
+def answer(text: str, pattern: re.Pattern[str] | None) -> str | None:
+    """What counts of a text: what the last match of a pattern holds (its first group), commas aside; without a pattern
+    all of it. None where the pattern is not there."""
+    if pattern is None:
+        return text.strip()
+    found = list(pattern.finditer(text))
+    return found[-1][1 if pattern.groups else 0].replace(",", "").strip() if found else None
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return {i for i in (tokenizer.eos_token_id, *own) if i is not None}
+
+
+def _cut(row: list[int], ends: list[int]) -> list[int]:
+    """Up to the first end token, without it and the padding behind it."""
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]

@@ -1,0 +1,43 @@
+"""Where an answer begins, what counts of it, and where it ends."""
+
+import re
+
+import pytest
+import torch
+
+from dora_cli.data.tasks.causal import IGNORED
+from dora_cli.evaluation.generate import _cut, answer, last_turn
+
+
+def test_the_last_learned_stretch_and_all_before_it() -> None:
+    tokens = torch.arange(10, 20)
+    labels = tokens.clone()
+    labels[[0, 1, 4, 5, 8, 9]] = IGNORED  # two turns, and something behind the last
+    before, turn = last_turn(tokens, labels)
+    assert before.tolist() == [10, 11, 12, 13, 14, 15]
+    assert turn.tolist() == [16, 17]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("3 + 4 = 7\n#### 7", "7"),
+        ("#### 1 then #### 1,234.50", "1234.50"),
+        ("so it is #### -12.", "-12"),
+        ("it is 7", None),
+        ("####", None),
+    ],
+)
+def test_gsm8ks_answer_is_the_number_behind_the_last_mark(text: str, found: str | None) -> None:
+    assert answer(text, re.compile(r"####\s*(-?[\d,.]*\d)")) == found
+
+
+def test_without_a_pattern_all_of_it_counts() -> None:
+    assert answer(" a cat\n", None) == "a cat"
+    assert answer("yes, 3", re.compile(r"\d")) == "3"
+
+
+def test_nothing_behind_the_end_is_kept() -> None:
+    assert _cut([5, 6, 2, 0, 0], [2]) == [5, 6]
+    assert _cut([5, 6, 7], [2]) == [5, 6, 7]
+    assert _cut([2], [2, 3]) == []
