@@ -5,6 +5,7 @@ What the adapter does not touch is copied as bytes. Target weights are read, cha
 """
 
 import errno
+import glob
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text
+from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text, sweep
 from dora_cli.checkpoints.base_folder import CONFIG, INDEX, SINGLE, copy_small_files, open_base, resolve_base
 from dora_cli.checkpoints.manifest import verify_if_listed, write_manifest
 from dora_cli.checkpoints.merge_plan import plan_merge
@@ -65,6 +66,7 @@ def merge(
     base: str | None = None,
     dtype: str = "auto",
     shard_size: str | int = "5GB",
+    replace: bool = False,
 ) -> MergeReport:
     """Write the model that an adapter makes of its base as a transformers folder.
 
@@ -76,6 +78,7 @@ def merge(
         base: name or folder of the base; null takes the one the adapter names.
         dtype: type of all floating-point weights; ``auto`` keeps each tensor's.
         shard_size: largest size of one file, such as ``5GB`` (10⁹) or ``512MiB``.
+        replace: whether a folder that holds something gives way to the new one, in one step.
 
     Raises:
         UserError: an argument or a file is wrong, ``out`` holds something, or the adapter does not fit the base.
@@ -86,7 +89,7 @@ def merge(
     if dtype not in OUTPUT_DTYPES:
         raise UserError(f"unknown dtype '{dtype}'", hint=did_you_mean(dtype, OUTPUT_DTYPES))
     limit = parse_size(shard_size)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and (replace or not any(out.iterdir()))):
         raise UserError(f"out={out} exists and is not empty", hint="name a new folder, or empty this one first")
     adapter = read_adapter(Path(checkpoint))
     name = base or adapter.base_name
@@ -103,7 +106,7 @@ def merge(
     shards = _shards(pieces, limit)
     total = sum(piece.nbytes for piece in pieces)
     _require_space(out, total)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, replace=replace) as folder:
         _write_shards(folder, shards, total)
         atomic_write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         copy_small_files(model.folder, folder)
@@ -186,7 +189,9 @@ def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
 
 
 def _require_space(out: Path, needed: int) -> None:
-    there = next(parent for parent in out.resolve().parents if parent.exists())
+    out = out.resolve()
+    sweep(out.parent, glob.escape(out.name))  # what a killed merge has left takes as much
+    there = next(parent for parent in out.parents if parent.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
         scale, unit = (1e9, "GB") if needed >= 1e8 else (1e6, "MB")

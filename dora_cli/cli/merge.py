@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dora_cli.cli.help import merge_help
 from dora_cli.cli.run import answered, guard, split_flags
@@ -26,7 +26,7 @@ def merge(argv: list[str]) -> int:
     arguments = split_flags(argv, ("-h", "--help", "--version"))
     if answered(arguments, merge_help):
         return 0
-    options = parse(arguments.overrides)
+    options: dict[str, Any] = {**parse(arguments.overrides)}
     from dora_cli.checkpoints.merge import merge as merge_files
 
     print(describe(merge_files(options.pop("checkpoint"), options.pop("out"), **options)))

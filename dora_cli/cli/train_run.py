@@ -223,7 +223,8 @@ class _Run:
         files = {"adapter at": self.out / run_folder.ADAPTER}
         if self.session.config.save.merged:
             files["merged at"] = self.out / run_folder.MERGED
-            merge(self.out / run_folder.ADAPTER, files["merged at"])
+            # A process that was killed between here and the summary has merged already.
+            merge(self.out / run_folder.ADAPTER, files["merged at"], replace=True)
         summary = summarise(self.session, self.progress)
         # Last of all: a folder with a summary is a finished run.
         atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(jsonable(summary), indent=2) + "\n")

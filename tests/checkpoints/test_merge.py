@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_cli.checkpoints import merge as merge_module
 from dora_cli.checkpoints.adapter_format import WeightDecomposed, write_adapter, write_full
+from dora_cli.checkpoints.atomic import HOST
 from dora_cli.checkpoints.merge import merge
 from dora_cli.checkpoints.safetensors_io import DTYPES, read_header
 
@@ -274,6 +276,20 @@ def test_a_full_disk_is_noticed_before_writing(
     with pytest.raises(OSError, match="are free"):
         merge(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_merge_left_makes_room_for_the_next(
+    make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_case("bert").write(tmp_path / "adapter")
+    leftover = tmp_path / f".out.tmp-{HOST}-{os.getpid()}-00000000-0"  # of a process that had this number before
+    leftover.mkdir()
+    real = shutil.disk_usage
+    full = type("Usage", (), {"free": 100})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: full if leftover.exists() else real(path))
+    merge(tmp_path / "adapter", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not leftover.exists()
 
 
 def test_a_killed_merge_leaves_nothing_that_looks_finished(make_case: MakeCase, tmp_path: Path) -> None:

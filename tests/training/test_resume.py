@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dora_cli.checkpoints.manifest import verify_manifest
 from dora_cli.cli import train_run
 
 Train = Callable[..., int]
@@ -160,6 +161,26 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
 
 def test_resume_without_anything_to_resume_starts(dora_train: Train, tmp_path: Path) -> None:
     assert dora_train("method=lora", "budget=r1", "train.max_steps=2", "resume=true") == 0
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_a_run_killed_after_its_merged_model_still_ends(
+    dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["method=lora", "budget=r1", "train.max_steps=4", "train.save_every=2", "save.merged=true"]
+
+    def unplug(*_: Any) -> None:
+        raise Unplugged
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_run, "summarise", unplug)
+        with pytest.raises(Unplugged):
+            dora_train(*words)
+    merged = tmp_path / "run/merged"
+    first = (merged / "model.safetensors").read_bytes()
+    assert dora_train(*words, "resume=true") == 0
+    verify_manifest(merged)
+    assert (merged / "model.safetensors").read_bytes() == first
     assert (tmp_path / "run/summary.json").exists()
 
 
