@@ -29,6 +29,16 @@ def test_killed_runs_end_where_they_would_have_ended(tmp_path: Path) -> None:
     assert found["wrong"] == []
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
+def test_killed_merges_and_evaluations_leave_what_was_there_or_all_of_the_new(tmp_path: Path) -> None:
+    words = ["--kills", "4", "--commands", "merge split", "eval run", "--folder", str(tmp_path)]
+    done = campaign("kill_merge.py", *words, "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [sum(tally["kills"].values()) for tally in found.values()] == [2, 2]
+    assert all(tally["ended"] and not tally["wrong"] for tally in found.values())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
 def test_damaged_files_are_refused_or_harmless(tmp_path: Path) -> None:
