@@ -32,12 +32,13 @@ def resize(layer: AdapterLayer, keep: Tensor, n_new: int = 0, optimizer: Optimiz
 
 
 def discard(parameters: list[nn.Parameter], optimizer: Optimizer) -> None:
-    """Take parameters out of the optimizer for good: no decay, no moments."""
+    """Take parameters out of the optimizer for good: no decay, no moments, no gradient (``zero_grad`` forgets them)."""
     gone = {id(p) for p in parameters}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in gone]
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
+        parameter.grad = None
 
 
 def check_state(optimizer: Optimizer) -> None:

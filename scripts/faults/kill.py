@@ -263,8 +263,8 @@ def campaign(method: str, kills: int, folder: Path, draw: random.Random) -> Tall
         strike = striker(kind, watcher(kind, run, cache, marker), draw, lifetime, seen, AFTER.get(kind, 0.012))
         code = live([*words, f"out={run}", "resume=true"], log, strike if tally.kills.total() < kills else None)
         if code is None:
-            evaluated = "any" if seen[-1] == "evaluation" else seen[-1]  # it was over before the signal came
-            tally.kills["evaluation" if marker.exists() else evaluated] += 1
+            what = "any" if seen[-1] == "evaluation" else seen[-1]  # it was over when the signal came
+            tally.kills["evaluation" if marker.exists() else what] += 1
             tally.lost = max(tally.lost, last_step(run) - inspect(run, tally))
         elif code != 0:
             tally.wrong.append(f"exit code {code}: see {log}")

@@ -9,7 +9,7 @@ from torch import nn
 from dora_cli.adapters import base
 from dora_cli.adapters.components import Components
 from dora_cli.adapters.inject import inject, parameter_groups
-from dora_cli.adapters.resize import check_state, resize
+from dora_cli.adapters.resize import check_state, discard, resize
 
 STEPS, SHRINK_AT, WIDTH, RANK = 60, 25, 48, 32
 # Half of the ranks, scattered. Every tensor keeps a multiple of 16 numbers: fused AdamW rounds the last few of a
@@ -128,6 +128,18 @@ def test_gradients_follow_and_growth_appends_zeros() -> None:
     assert not bool(moved[:, 2:].any())
     assert moved.shape == layer.b.shape == (6, 4)
     check_state(optimizer)
+
+
+def test_what_leaves_the_optimizer_keeps_no_gradient() -> None:
+    """Nobody would clear it any more: an empty one counted in the norm, and changed how its sum is rounded."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    layer = inject(model, ["0"], Components(), [2])["0"]
+    optimizer = torch.optim.AdamW(parameter_groups({"0": layer}, lr=1e-2, weight_decay=0.0), fused=True)
+    model(torch.ones(1, 8)).sum().backward()
+    resize(layer, torch.empty(0, dtype=torch.long), 0, optimizer)
+    discard(list(layer.adapter_parameters().values()), optimizer)
+    optimizer.zero_grad()
+    assert [p.grad for p in layer.adapter_parameters().values()] == [None, None, None]
 
 
 def _nn_with(replacement: type) -> Any:
