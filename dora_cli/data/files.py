@@ -3,8 +3,8 @@
 import csv
 import glob
 import json
+import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 from dora_cli.errors import UserError
 
 DEEP = "it is nested too deeply"
+EXACT = 2**53  # above it a float leaves out whole numbers
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a character that JSON writes as a pair; alone it has no UTF-8
 
 
 def read(path: Path) -> Any:
@@ -54,64 +56,125 @@ def first_line(error: BaseException) -> str:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The innermost cause; a failing disk is raised as it is, since nothing is wrong with the file."""
+    """The innermost cause; a failing disk is raised as it is, since nothing is wrong with the file.
+
+    Arrow raises an OSError without a number where a file is damaged.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         raise error
     return error
 
 
 def _read_json(path: Path) -> Any:
+    """By Python's reader. Arrow's makes dates of texts that look like one, and rounds whole numbers that are large."""
     import datasets
 
-    # Arrow takes bytes that are no UTF-8, and fails when a row is looked at; a file of `null` ends the process.
-    firsts = Counter(text.lstrip()[:1] for _, text in _lines(path))
-    sound = not _json_problem(path) if _is_json_list(path) else firsts.keys() - {""} == {"{"}
-    try:
-        if not sound:
-            raise ValueError("not objects")
-        # Names are read as patterns, so a bracket in one must be escaped.
-        files = {"train": glob.escape(str(path))}
-        return datasets.load_dataset("json", data_files=files, split="train")
-    except (StopIteration, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
-        line, problem = _json_problem(path) or (None, first_line(_root(error)))
-        at = f"{path}, line {line}" if line else str(path)
-        hint = "the list must hold objects" if _is_json_list(path) else "every line must be one object"
-        raise UserError(f"malformed JSON: {problem}", where=at, hint=hint) from error
+    columns: dict[str, list[Any]] = {}
+    kinds: dict[str, set[type]] = {}
+    for count, row in enumerate(_json_rows(path)):
+        for name, value in row.items():
+            if name not in columns:
+                columns[name], kinds[name] = [None] * count, set()
+            columns[name].append(value)
+            kinds[name].add(type(value))
+        for values in columns.values():
+            if len(values) == count:
+                values.append(None)
+    if not columns:
+        raise _malformed("there are no rows", path)
+    features = {}
+    for name, values in columns.items():
+        columns[name], features[name] = _column(name, kinds[name] - {type(None)}, values, path)
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def _json_problem(path: Path) -> tuple[int | None, str] | None:
-    """The first line that can't be a row beside the lines before it, and why."""
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The object of every row."""
     if _is_json_list(path):
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except json.JSONDecodeError as error:
-            return error.lineno, f"{error.msg} at column {error.colno}"
-        except RecursionError:
-            return None, DEEP
-        if not rows:
-            return None, "there are no rows"
-        wrong = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
-        return (None, f"entry {wrong[0] + 1} is no object") if wrong else None
-    kinds: dict[str, str] = {}
+        text = "".join(text for _, text in _lines(path))
+        for i, row in enumerate(_parsed(text, path, None), start=1):
+            if not isinstance(row, dict):
+                raise _malformed(f"entry {i} is no object", path)
+            yield row
+        return
     for line, text in _lines(path):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text, object_pairs_hook=_no_repeats)
-        except json.JSONDecodeError as error:
-            return line, f"{error.msg} at column {error.colno}"
-        except RecursionError:
-            return line, DEEP
-        except ValueError as error:
-            return line, str(error)
-        if not isinstance(row, dict):
-            return line, f"{text.strip()[:40]} is no object"
-        for name, kind in ((name, _kind(value)) for name, value in row.items() if value is not None):
-            if kinds.setdefault(name, kind) != kind:
-                return line, f"'{name}' is {kind}, in earlier lines {kinds[name]}"
-    return None if kinds else (None, "there are no rows")
+        if text.strip():
+            row = _parsed(text, path, line)
+            if not isinstance(row, dict):
+                raise _malformed(f"{text.strip()[:40]} is no object", path, f"line {line}")
+            yield row
+
+
+def _parsed(text: str, path: Path, line: int | None) -> Any:
+    """The value of ``text``, which is one line of a file, or where ``line`` is None all of it."""
+    at = f"line {line}" if line else None
+    try:
+        value = DECODER.decode(text)
+        if HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        at = f"line {line or error.lineno}"
+        raise _malformed(f"{error.msg} at column {error.colno}", path, at) from error
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x} is half a character"
+        raise _malformed(half, path, at) from error
+    except RecursionError as error:
+        raise _malformed(DEEP, path, at) from error
+    except ValueError as error:
+        raise _malformed(first_line(error), path, at) from error
+
+
+def _malformed(problem: str, path: Path, at: str | None = None) -> UserError:
+    hint = "the list must hold objects" if _is_json_list(path) else "every line must be one object"
+    return UserError(f"malformed JSON: {problem}", where=f"{path}, {at}" if at else str(path), hint=hint)
+
+
+def _column(name: str, kinds: set[type], values: list[Any], path: Path) -> tuple[list[Any], Any]:
+    """The values of a column with ``kinds`` of them, as ``datasets`` takes them, and their type."""
+    import datasets
+
+    if kinds and kinds <= {int, float}:
+        return values, _number_type(name, values, float in kinds, path)
+    if kinds in (set(), {str}, {bool}):
+        return values, datasets.Value({str: "string", bool: "bool"}[kinds.pop()] if kinds else "null")
+    if hasattr(datasets, "Json"):
+        return [_as_json(name, value, path, i) for i, value in enumerate(values)], datasets.Json()
+    try:  # older versions know one type for all values of a column only
+        return values, datasets.Dataset.from_dict({name: values}).features[name]
+    except (TypeError, ValueError) as error:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise _malformed(f"'{name}' is of several kinds ({names})", path) from error
+
+
+def _as_json(name: str, value: Any, path: Path, row: int) -> str | None:
+    """What a column of any kinds holds; written here, since ``datasets`` takes the text ``null`` for no text."""
+    import datasets
+
+    if value is None:
+        return None
+    try:
+        text = json.dumps(value, allow_nan=False)
+        datasets.Json().decode_example(text)
+    except ValueError as error:
+        raise _malformed(f"'{name}': {first_line(error)}", path, place(path, row)) from error
+    return text
+
+
+def _number_type(name: str, values: list[Any], is_float: bool, path: Path) -> Any:
+    import datasets
+
+    low, high = (-EXACT, EXACT) if is_float else (-(2**63), 2**63 - 1)
+    for i, value in enumerate(values):
+        if isinstance(value, int) and not low <= value <= high:
+            raise UserError(
+                f"'{name}' is too large a number to be kept as it is",
+                where=f"{path}, {place(path, i)}",
+                hint="quote the numbers of this column, to read them as text",
+            )
+    return datasets.Value("float64" if is_float else "int64")
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,11 +183,6 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"key '{next(n for n in names if names.count(n) > 1)}' occurs twice")
     return row
-
-
-def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", str: "text", dict: "an object", list: "a list"}
-    return kinds.get(type(value), "a number")
 
 
 def _is_json_list(path: Path) -> bool:
@@ -207,10 +265,11 @@ def _read_parquet(path: Path) -> Any:
 
     try:
         return datasets.load_dataset("parquet", data_files={"train": glob.escape(str(path))}, split="train")
-    except (ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise UserError("the parquet file can't be read", where=f"{path}: {first_line(_root(error))}") from error
 
 
+DECODER = json.JSONDecoder(object_pairs_hook=_no_repeats)
 READERS = {
     ".jsonl": _read_json,
     ".json": _read_json,

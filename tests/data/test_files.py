@@ -1,5 +1,6 @@
 """A file is read as it stands, or one message names the file and the line."""
 
+import contextlib
 import json
 from contextlib import suppress
 
@@ -117,13 +118,52 @@ def test_a_malformed_file_is_named_with_its_line(write, name, text, message, pla
     assert place in str(caught.value)
 
 
-def test_a_type_that_changes_far_down_is_named_with_its_line(write):
+def test_a_type_that_changes_far_down_leaves_the_values_as_they_are(write):
     # Arrow reads 10 MB at a time and fixes the types of the first block
     text = "".join(json.dumps({"text": "x" * 1000, "label": 1}) + "\n" for _ in range(12_000))
-    path = write("a.jsonl", text + '{"text": "y", "label": {"no": 1}}\n')
-    with pytest.raises(UserError, match="'label' is an object, in earlier lines a number") as caught:
-        files.read(path)
-    assert "line 12001" in caught.value.where
+    rows = files.read(write("a.jsonl", text + '{"text": "y", "label": {"no": 1}}\n'))
+    assert [rows[i]["label"] for i in (0, 12_000)] == [1, {"no": 1}]
+
+
+def test_json_values_are_kept_as_they_are(write):
+    given = [
+        {"text": "2020-01-01", "id": 2**53 + 1, "any": "null", "type": "session", "message": {"a": 1}},
+        {"text": "2020-01-02", "id": 1, "any": ["1", 2, None], "type": "user", "message": {"a": "b", "c": []}},
+        {"text": "12:30", "id": None, "any": 3.5, "type": "user"},
+        {"text": "x", "more": True},
+    ]
+    for name, text in (("a.jsonl", "\n".join(map(json.dumps, given))), ("a.json", json.dumps(given))):
+        rows = list(files.read(write(name, text)))
+        assert rows == [{**dict.fromkeys(("text", "id", "any", "type", "message", "more")), **row} for row in given]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"id": 1}\n{"id": 100000000000000000001}\n', "too large a number"),
+        ('{"id": 0.5}\n{"id": 9007199254740993}\n', "too large a number"),
+        ('{"id": 1}\n{"id": "\\ud800"}\n', "half a character"),
+        ('{"id": 1}\n{"id": ' + "9" * 5000 + "}\n", "malformed JSON: Exceeds the limit"),
+        ('{"id": "a"}\n{"id": [100000000000000000001]}\n', "malformed JSON: 'id'"),
+        ('{"id": "a"}\n{"id": NaN}\n', "malformed JSON: 'id'"),
+    ],
+)
+def test_json_values_that_cannot_be_kept_are_refused(write, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        files.read(write("a.jsonl", text))
+    assert "line 2" in caught.value.where
+
+
+def test_damage_inside_a_parquet_file_is_not_taken_for_a_failing_disk(write):
+    import datasets
+
+    path = write("a.parquet", "")
+    datasets.Dataset.from_dict({"text": ["a good film"] * 2, "label": ["yes"] * 2}).to_parquet(path)
+    whole = path.read_bytes()
+    for at in range(4, len(whole), 60):
+        path = write(f"{at}.parquet", whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with contextlib.suppress(UserError):
+            files.read(path)
 
 
 def test_a_failing_disk_is_not_blamed_on_the_file(write, monkeypatch):
@@ -134,7 +174,7 @@ def test_a_failing_disk_is_not_blamed_on_the_file(write, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", full)
     with pytest.raises(OSError, match="No space left"):
-        files.read(write("a.jsonl", GOOD))
+        files.read(write("a.parquet", GOOD))
 
 
 @pytest.mark.parametrize(
