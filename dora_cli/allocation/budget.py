@@ -9,6 +9,7 @@ from dora_cli.errors import UserError
 
 FORMS = "a share of the start in (0, 1) such as 0.1, adapter parameters such as 340k, or an average rank such as r4"
 SUFFIXES = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+MOST = 1e15  # more than any model has
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def parse_budget(value: object) -> Budget | None:
     if isinstance(value, bool) or not match or (match[1] and match[3]):
         raise UserError(f"cannot read budget={value}", hint=f"say {FORMS}")
     number = float(match[2]) * SUFFIXES[match[3] or ""]
+    if number >= MOST:
+        raise UserError(f"budget={value} is out of range", hint=f"say {FORMS}")
     if match[1]:
         if number <= 0:
             raise UserError(f"budget={value} asks for an average rank of nothing", hint="say for example budget=r4")
@@ -54,7 +57,7 @@ def parse_budget(value: object) -> Budget | None:
     whole = (number.is_integer() and number > 1) or match[3]
     if whole and number >= 1:
         return Budget("params", round(number), text)
-    if 0 < number < 1:
+    if 0 < number < 1 and not match[3]:  # 0.0005k is half a parameter, not a half
         return Budget("share", number, text)
     raise UserError(f"budget={value} is out of range", hint=f"say {FORMS}")
 

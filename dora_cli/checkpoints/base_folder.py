@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
     """
     if name.startswith("package://"):
         return _package_folder(name)
-    folder = Path(name).expanduser()
+    folder = Path(expanduser(name))
     if folder.is_dir():
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

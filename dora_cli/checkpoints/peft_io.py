@@ -11,6 +11,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from dora_cli.checkpoints.adapter_format import (
@@ -25,7 +26,7 @@ from dora_cli.checkpoints.adapter_format import (
 )
 from dora_cli.checkpoints.json_io import read_json, strings, take
 from dora_cli.checkpoints.manifest import verify_if_listed
-from dora_cli.checkpoints.safetensors_io import FLOATS, Entry, read_header, read_tensor
+from dora_cli.checkpoints.safetensors_io import FLOATS, Entry, read_header, read_tensor, require_finite
 from dora_cli.errors import UserError
 
 Part = TypeVar("Part")
@@ -347,11 +348,22 @@ def _check_type(entry: Entry) -> None:
 
 def _read_update(update: Update | SquareUpdate) -> LowRank | Square:
     if isinstance(update, SquareUpdate):
-        return Square(update.name, read_tensor(update.m).float(), update.shape, update.transposed)
-    a, b = read_tensor(update.a).float(), read_tensor(update.b).float()
+        return Square(update.name, _float32(update.m), update.shape, update.transposed)
+    a, b = _float32(update.a), _float32(update.b)
     if update.e:
-        a = a * read_tensor(update.e).float()
+        a = a * _float32(update.e)
     b = b * update.scale if update.scale != 1 else b
+    require_finite(a, update.a)
+    require_finite(b, update.b)
     if update.magnitude:
-        return WeightDecomposed(update.name, a, b, update.transposed, magnitude=read_tensor(update.magnitude).float())
+        return WeightDecomposed(update.name, a, b, update.transposed, magnitude=_float32(update.magnitude))
     return LowRank(update.name, a, b, update.transposed)
+
+
+def _float32(entry: Entry) -> Tensor:
+    """Finite in its own type and in this one: a float64 may be too large for it."""
+    tensor = read_tensor(entry)
+    if tensor.dtype != torch.float64:
+        return tensor.float()
+    require_finite(tensor.float(), entry)
+    return tensor.float()

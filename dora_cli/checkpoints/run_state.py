@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text, save_tensors
+from dora_cli.checkpoints.json_io import read_json
 from dora_cli.checkpoints.manifest import verify_manifest, write_manifest
 from dora_cli.errors import UserError
 
@@ -63,9 +65,13 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read a checkpoint that ``newest_checkpoint`` found whole."""
-    rest = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, rest
+    """Read a checkpoint that ``newest_checkpoint`` found whole.
+
+    Raises:
+        UserError: its files are as its manifest says, and still not what a checkpoint holds.
+    """
+    rest = read_json(path / STATE)
+    return {file.stem: _tensors(file) for file in sorted(path.glob("*.safetensors"))}, rest
 
 
 def put_back(checkpoint: Path, folder: Path) -> None:
@@ -77,6 +83,13 @@ def put_back(checkpoint: Path, folder: Path) -> None:
         return
     with atomic_folder(folder, replace=True) as partial:
         shutil.copytree(copy, partial, dirs_exist_ok=True)
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged", where=str(error)) from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:

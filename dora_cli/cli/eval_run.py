@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
     Raises:
         UserError: no such checkpoint, nothing that says which data, or anything that does not fit.
     """
-    folder = Path(own["checkpoint"]).expanduser()
+    folder = Path(expanduser(own["checkpoint"]))
     if not folder.exists() and ("recipe" not in own or not HUB_NAME.fullmatch(own["checkpoint"])):
         raise UserError(
             f"checkpoint={own['checkpoint']}: no such folder",
@@ -153,7 +154,7 @@ def _write(
     predictions: list[Any],
     data: DataConfig,
 ) -> None:
-    out = Path(own["out"]).expanduser() if "out" in own else folder if folder.is_dir() else Path("eval") / folder.name
+    out = Path(expanduser(own["out"])) if "out" in own else folder if folder.is_dir() else Path("eval") / folder.name
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "checkpoint": own["checkpoint"],

@@ -26,6 +26,7 @@ from dora_cli.registry import did_you_mean
 USER_MISTAKE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 MAX_LINES = 6
 LONG_WORD = re.compile(r"\S{500,}")  # no path of ours; a value, or what stands in a file
+LONG_LINE = re.compile(r".{700,}")
 
 FORESEEN = {
     errno.ENOSPC: "free some space, or choose another disk with out=DIR",
@@ -33,6 +34,7 @@ FORESEEN = {
     errno.EROFS: "choose a folder that can be written, with out=DIR",
     errno.EACCES: "choose a folder that you may write and files that you may read",
     errno.EPERM: "choose a folder that you may write and files that you may read",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.EISDIR: "a file is to be there: move the folder out of the way",
     errno.ENOTDIR: "a folder is to be there: move the file out of the way",
 }
@@ -143,8 +145,8 @@ def print_error(message: str, where: str | None = None, hint: str | None = None)
     sys.stdout.flush()
     width = shutil.get_terminal_size().columns if sys.stderr.isatty() else 10_000
     lines: list[str] = []
-    for text in (f"error: {message}", where, hint):
-        for line in LONG_WORD.sub(_shortened, text or "").splitlines():
+    for text, most in ((f"error: {message}", 2), (where, 2), (hint, MAX_LINES)):
+        for line in _brief(text or "", most):
             indent = "  " if lines else ""
             lines += textwrap.wrap(
                 line,
@@ -158,6 +160,14 @@ def print_error(message: str, where: str | None = None, hint: str | None = None)
     if len(lines) > MAX_LINES:
         lines = [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1] + " …"]
     print("\n".join(lines), file=sys.stderr)
+
+
+def _brief(text: str, most: int) -> list[str]:
+    """So many lines at most, none very long: a value that was given may be, and must not push the advice away."""
+    lines = [line for line in LONG_WORD.sub(_shortened, text).splitlines() if line.strip()]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1] + " …"]
+    return [LONG_LINE.sub(lambda found: f"{found[0][:400]} … {found[0][-200:]}", line) for line in lines]
 
 
 def _shortened(word: re.Match[str]) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def plan(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Job]
         raise UserError("-m needs something to sweep over", hint="give a key several values, such as budget=0.1,0.2")
 
     name = find_recipe(recipes[0], folders).name if len(recipes) == 1 else ""
-    parent = Path(parents[-1]).expanduser() if parents else Path("runs", name, "sweep-" + "-".join(axes))
+    parent = Path(expanduser(parents[-1])) if parents else Path("runs", name, "sweep-" + "-".join(axes))
     jobs = []
     for combination in product(*axes.values()):
         swept = [f"{key}={value}" for key, value in zip(axes, combination, strict=True)]

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _begin(composed: Composed) -> Begin | None:
     folder = getattr(composed.parts["adapter"], "init_from", None)
     if folder is None:
         return None
-    adapter = read_adapter(Path(folder).expanduser())
+    adapter = read_adapter(Path(expanduser(folder)))
     return lambda layers, model: start_from(layers, model, adapter)
 
 

@@ -7,6 +7,7 @@ and line at hand, because Hydra alone accepts ``+typo`` and says little about wh
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -227,4 +228,4 @@ def _expand_home(config: Config) -> None:
     for owner, attribute in ((config, "out"), (config.data, "path"), (config.model, "name")):
         value = getattr(owner, attribute)
         if value and value.startswith("~"):
-            setattr(owner, attribute, str(Path(value).expanduser()))
+            setattr(owner, attribute, str(Path(expanduser(value))))

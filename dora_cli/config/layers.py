@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -79,7 +80,7 @@ def find_recipe(name: str, folders: Sequence[Path]) -> Recipe:
     check_choice("recipe", name, folders)
     if not is_file(name):
         return Recipe(name, name, read(choices("recipe", folders)[name]), is_record=False)
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     source = read(path)
     original = record.recipe_of(source.text)
     return Recipe(re.sub(r"[^\w.-]", "_", path.stem), original or path.stem, source, original is not None)

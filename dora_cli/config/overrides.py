@@ -7,6 +7,7 @@ key is the text as typed, and so is any other value that Hydra reads as plain te
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import expanduser, isfile
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _choice(group: str, text: str) -> Override:
     name = text.strip()
     if is_quoted(name):
         name = name[1:-1]
-    elif "," in name and not Path(name).expanduser().is_file():
+    elif "," in name and not isfile(expanduser(name)):
         raise _several(group, name)
     return Override(group, name, f"{group}={quote(name)}")
 
@@ -104,7 +105,7 @@ def _value(key: Key, text: str) -> tuple[Any, str]:
 def _grammar(text: str) -> HydraOverride | None:
     try:
         return OverridesParser.create().parse_overrides([f"key={text}"])[0]
-    except HydraException:
+    except (HydraException, ValueError, RecursionError):  # endless digits, endless nesting
         return None
 
 

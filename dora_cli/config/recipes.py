@@ -1,6 +1,7 @@
 """Where recipes lie and what they offer. Imports the standard library only: help and typos are answered from here."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from os.path import expanduser, isdir, isfile
 from pathlib import Path
 
 from dora_cli.config.schema import PART_GROUPS
@@ -25,9 +26,9 @@ def search_folders(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
     Raises:
         UserError: one of ``config_dirs`` is not a folder.
     """
-    folders = [Path(d).expanduser() for d in config_dirs]
+    folders = [Path(expanduser(d)) for d in config_dirs]
     for folder in folders:
-        if not folder.is_dir():
+        if not isdir(folder):
             raise UserError(f"--config-dir {folder} is not a folder")
     return [folder.resolve() for folder in folders] + [recipes_dir()]
 
@@ -53,13 +54,13 @@ def check_choice(group: str, name: str, folders: Sequence[Path], where: str | No
         UserError: there is no such choice, or no such recipe file.
     """
     if group == "recipe" and is_file(name):
-        if not Path(name).expanduser().is_file():
+        if not isfile(expanduser(name)):
             raise UserError(f"recipe={name}: there is no such file", where=where)
         return
     names = offered(group, folders)
     if name not in names:
-        config = Path(name).expanduser() / "config.yaml"
-        if group == "recipe" and config.is_file():
+        config = Path(expanduser(name)) / "config.yaml"
+        if group == "recipe" and isfile(config):
             raise UserError(f"recipe={name} is a folder", where=where, hint=f"did you mean recipe={config}?")
         raise UserError(f"unknown {group} '{name}'", where=where, hint=did_you_mean(name, names))
 
@@ -75,7 +76,7 @@ def check_names(overrides: Iterable[str], folders: Sequence[Path]) -> None:
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         if group in GROUPS and value and not set(value) & set("()[]{}'\"$"):
-            for name in [value] if Path(value).expanduser().is_file() else value.split(","):
+            for name in [value] if isfile(expanduser(value)) else value.split(","):
                 check_choice(group, name.strip(), folders)
 
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,7 +115,7 @@ def load_rows(
 
 def _open(config: DataChoice, offline: bool) -> _Source:
     if config.path:
-        path = Path(config.path).expanduser()
+        path = Path(expanduser(config.path))
         if not path.exists():
             raise UserError(f"data.path={config.path}: no such file or folder", hint=_neighbours(path))
         if path.is_file():

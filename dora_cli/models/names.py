@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from os.path import expanduser
 from pathlib import Path
 
 from dora_cli.errors import UserError
@@ -24,7 +25,7 @@ def resolve_name(name: str) -> str:
         raise UserError("model.name is empty", hint=PLACES)
     if name.startswith(PACKAGE):
         return str(_checked_folder(_package_folder(name), name))
-    folder = Path(name).expanduser()
+    folder = Path(expanduser(name))
     if folder.is_dir():
         return str(_checked_folder(folder.resolve(), name))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -72,3 +72,14 @@ def test_static_methods_spread_evenly_with_the_remainder_in_module_order() -> No
     assert spread(resolve(parse_budget("r2.5"), costs, None, shrinks=False), costs) == [3, 3, 2, 2]  # type: ignore[arg-type]
     # 2 rounds cost 200; of the 45 left, 10 + 20 fit, 30 does not
     assert spread(resolve(parse_budget("245"), costs, None, shrinks=False), costs) == [3, 3, 2, 2]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["1e308b", "r1e999", "1e305k", "r1e15", 1e15])
+def test_more_than_any_model_has_is_refused(text: object) -> None:
+    with pytest.raises(UserError, match="out of range"):
+        parse_budget(text)
+
+
+def test_a_number_of_parameters_below_one_is_no_share() -> None:
+    with pytest.raises(UserError, match="out of range"):
+        parse_budget("0.0005k")

@@ -61,6 +61,17 @@ def test_no_message_has_more_than_six_lines(capsys):
     assert lines[0] == "error: first" and lines[-1] == "  4 …"
 
 
+@pytest.mark.parametrize("value", ["word " * 1000, "line\n" * 50])
+def test_a_value_of_many_words_or_lines_leaves_room_for_the_advice(capsys, value):
+    def fail(argv):
+        raise UserError(f"cannot read budget={value}", where="in a file", hint="say r8")
+
+    assert guard(fail, []) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 1000 and said.count("\n") <= 6
+    assert said.startswith("error: cannot read budget=") and said.endswith("say r8\n")
+
+
 def test_a_terminal_gets_lines_of_its_width(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "40")

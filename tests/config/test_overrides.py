@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dora_cli.config.check import known_keys
 from dora_cli.config.compose import root_schema
 from dora_cli.config.overrides import parse, parse_sweep
+from dora_cli.config.recipes import check_names, search_folders
 from dora_cli.config.schema import Config
 from dora_cli.errors import UserError
 
@@ -124,6 +125,19 @@ def test_what_is_no_override_is_refused(refusal, argument, message):
 
 def sweep(*arguments):
     return parse_sweep(arguments, known_keys(Config), [])
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 900 + "]" * 900])
+def test_endless_digits_and_brackets_are_refused(refusal, text):
+    assert "is not a whole number" in refusal("recipe=toy", f"seed={text}").message
+
+
+@pytest.mark.parametrize("folder", ["~nobody-of-this-name/x", "x" * 5000])
+def test_folders_that_no_system_has_are_refused(library, folder):
+    with pytest.raises(UserError, match="is not a folder"):
+        search_folders([folder])
+    with pytest.raises(UserError, match="unknown method"):
+        check_names([f"method={folder}"], [library])
 
 
 def test_sweeps_are_lists_ranges_and_choices():

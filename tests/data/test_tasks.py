@@ -219,6 +219,17 @@ def test_an_unknown_task_names_the_ones_there_are(choose):
     assert "did you mean 'classification'" in caught.value.hint
 
 
+def test_a_number_is_no_position_where_the_data_gave_the_labels(fit):
+    with pytest.raises(UserError, match="label '0' is none of the labels") as caught:
+        fit(rows_of(["pos", "neg"]), rows_of(["pos", "0"]))
+    assert "validation.jsonl, line 2" in caught.value.where
+
+
+def test_labels_of_thousands_of_digits_are_words(fit):
+    long = "9" * 5000
+    assert fit(rows_of(["a", long, "7"]))[0].labels == ["7", long, "a"]
+
+
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +249,7 @@ def test_numbers_are_read_also_from_text(fit, tokenizer, given):
         ("nan", "'nan' is no finite number"),
         (float("inf"), "'inf' is no finite number"),
         (True, "'True' is no finite number"),
+        (1e39, "no finite number of 32 bits"),
     ],
 )
 def test_a_row_without_number_is_named_with_file_and_line(fit, bad, message):

@@ -45,7 +45,10 @@ class Classification:
     def fit(self, rows: Rows) -> None:
         self.columns = find_columns(self.config.columns, rows)
         self.labels = self._read_labels(rows)
-        self._positions = _positions(self.labels)
+        named = self.config.labels is not None or any(
+            _class_names(dataset, self.columns["label"]) for dataset in rows.splits.values()
+        )
+        self._positions = _positions(self.labels, numbered=named)
         for role, dataset in rows.splits.items():
             check_texts(rows, role, [self.columns[c] for c in ("text", "text_pair") if c in self.columns])
             names = _class_names(dataset, self.columns["label"])
@@ -140,11 +143,11 @@ class Classification:
         return UserError(f"label '{value}' is none of the labels ({shown})", where=where, hint=hint)
 
 
-def _positions(labels: list[str]) -> dict[str, int]:
+def _positions(labels: list[str], *, numbered: bool) -> dict[str, int]:
     """What a row may say → position of the label: its name; true and false in any spelling; a position as a number,
-    where no label is itself a number."""
+    where the labels have an order that somebody gave them (``numbered``) and none is itself a number."""
     positions = {label.lower(): i for i, label in enumerate(labels) if label.lower() in ("true", "false")}
-    if not any(map(_is_integer, labels)):
+    if numbered and not any(map(_is_integer, labels)):
         positions |= {str(i): i for i in range(len(labels))}
     return positions | {label: i for i, label in enumerate(labels)}
 
@@ -161,7 +164,7 @@ def _text(value: Any, names: Sequence[str] | None) -> str | None:
 
 
 def _is_integer(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
+    return len(text) < 1000 and text.removeprefix("-").isdecimal()  # Python reads no number of thousands of digits
 
 
 def _class_names(dataset: Any, column: str) -> list[str] | None:

@@ -1,6 +1,5 @@
 """Regression: a number for a text or a pair of texts."""
 
-import math
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from dora_cli.data.tasks import higher_is_better
 from dora_cli.data.tasks.base import Loss, TaskChoice
 from dora_cli.data.tasks.text import check_texts, encode_texts, find_columns, values
 from dora_cli.errors import UserError
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Regression:
@@ -40,7 +41,7 @@ class Regression:
             check_texts(rows, role, [self.columns[c] for c in ("text", "text_pair") if c in self.columns])
             for i, value in enumerate(values(dataset, column)):
                 if _number(value) is None:
-                    problem = "is missing" if value in (None, "") else f"'{value}' is no finite number"
+                    problem = "is missing" if value in (None, "") else f"'{value}' is no finite number of 32 bits"
                     raise UserError(
                         f"'{column}' {problem}",
                         where=rows.where(role, i),
@@ -76,11 +77,11 @@ class Regression:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, also where it is written as text, as csv gives it; ``None`` for anything else."""
+    """A number that float32 can hold, also where it is written as text, as csv gives it; ``None`` for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         number = float(value)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # false for NaN as well
