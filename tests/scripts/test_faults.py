@@ -60,3 +60,13 @@ def test_hostile_arguments_end_in_one_message(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text())
     assert {case["kind"] for case in found} == {"arguments", "merge", "eval", "override"}
     assert sum(case["verdict"] == "refused" for case in found) > 30
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
+def test_fuzzed_inputs_give_a_result_or_one_message(tmp_path: Path) -> None:
+    words = ["--targets", "budget", "targets", "adapters", "data", "checkpoints", "--examples", "30"]
+    done = campaign("fuzz.py", *words, "--folder", str(tmp_path), "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [one["target"] for one in found] == words[1:6]
+    assert all(one["accepted"] and one["refused"] and not one["wrong"] for one in found)
