@@ -60,7 +60,7 @@ def tokenize(
         texts = [f"{text}\n" for text in texts]
     pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     pads = {name: pad for name, pad in pads.items() if name in tokenizer.model_input_names}
-    job = _Job(texts, pairs, tokenizer, _rust(tokenizer), max_length, _empty_row(tokenizer, pads))
+    job = _Job(texts, pairs, tokenizer, rust_of(tokenizer), max_length, _empty_row(tokenizer, pads))
     characters = sum(map(len, texts)) + sum(map(len, pairs or ()))
     worth = characters >= CACHED_FROM and job.is_known
     tokens = cached(cache if worth else None, job.key, job.tokens)
@@ -74,7 +74,7 @@ def tokenize(
     )
 
 
-def _rust(tokenizer: Any) -> Any:
+def rust_of(tokenizer: Any) -> Any:
     """The Rust tokenizer where it does all the work, set neither to cut nor to pad; ``None`` elsewhere.
 
     Asking it directly takes half the time that it takes through transformers, whose classes may override what they do.

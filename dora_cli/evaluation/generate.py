@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_cli.data.tasks.causal import IGNORED
+from dora_cli.data.token_rows import IGNORED
 
 
 def last_turn(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

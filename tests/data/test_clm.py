@@ -9,7 +9,7 @@ import pytest
 
 from dora_cli.data.sources import load_rows
 from dora_cli.data.tasks import build_task
-from dora_cli.data.tasks.causal import IGNORED
+from dora_cli.data.token_rows import IGNORED
 from dora_cli.errors import UserError
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.packing import _filled, pack
-from dora_cli.data.tasks.causal import IGNORED
 from dora_cli.data.tasks.sft import Sft
+from dora_cli.data.token_rows import IGNORED
 
 VOCABULARY = 40
 

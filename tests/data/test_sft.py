@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from dora_cli.data.sources import load_rows
 from dora_cli.data.tasks import build_task
-from dora_cli.data.tasks.causal import IGNORED, TokenLoss
+from dora_cli.data.tasks.causal import TokenLoss
+from dora_cli.data.token_rows import IGNORED
 from dora_cli.errors import UserError
 
 CHATML = (
@@ -242,6 +243,39 @@ def test_messages_need_a_chat_template_that_takes_them(tmp_path: Path) -> None:
         build(tmp_path, chat, template="{messages}")
 
 
+def test_tokens_are_kept_until_anything_they_follow_from_changes(tmp_path: Path, monkeypatch: Any) -> None:
+    from dora_cli.data import tokens
+
+    monkeypatch.setattr(tokens, "CACHED_FROM", 0)
+    made, kept = tokenizer(CHATML), tmp_path / "kept" / "tokens"
+    rows_in = [
+        {"prompt": "what is it", "completion": "a cat", "id": "x"},
+        {"prompt": "it", "completion": "no", "id": "y"},
+    ]
+
+    def encode(**options: Any) -> Any:
+        task, rows = build(tmp_path, rows_in, cache=str(tmp_path / "kept"), **options)
+        return task.encode(rows, made)
+
+    first, again = encode(), encode()
+    assert len(list(kept.iterdir())) == 1
+    assert again.ids == first.ids == ["x", "y"]
+    assert all(torch.equal(first.batch([1, 0])[name], again.batch([1, 0])[name]) for name in first.batch([0]))
+    for i, options in enumerate(({"max_length": 9}, {"template": "{prompt} : "}), start=2):
+        encode(**options)
+        assert len(list(kept.iterdir())) == i, options
+    made.chat_template = CHATML.replace("<|im_end|>", "<|im_end|> yes")
+    encode()
+    assert len(list(kept.iterdir())) == 4
+    rows_in[0]["completion"] = "two"
+    encode()
+    assert len(list(kept.iterdir())) == 5
+    made.chat_template, rows_in[0]["completion"] = CHATML, "a cat"
+    rows_in[0]["id"] = "z"
+    assert encode().ids == ["z", "y"]
+    assert len(list(kept.iterdir())) == 5, "names are no tokens"
+
+
 # ---- the loss ----------------------------------------------------------------------------------------------------
 def test_losses_and_gradients_are_those_of_cross_entropy() -> None:
     torch.manual_seed(0)
@@ -280,3 +314,27 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path) -> None:
     assert float(found.total) / found.n == pytest.approx(float(model(**batch).loss), rel=1e-5)
     assert found.outputs[:, 1].tolist() == [5, 2]
     assert float(found.outputs[:, 0].sum()) == pytest.approx(float(found.total), rel=1e-6)
+
+
+def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(tmp_path: Path) -> None:
+    """Weighted by tokens, whatever rows they come in."""
+    made = tokenizer()
+    words_in = ["a cat", "no", "yes no two three", "it is", "what"]
+    task, rows = build(tmp_path, [{"prompt": "what is", "completion": word} for word in words_in])
+    encoded = task.encode(rows, made)
+    weight = torch.randn(len(made), len(made), generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def model(input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=F.embedding(input_ids, weight))
+
+    def gradient(parts: list[range]) -> torch.Tensor:
+        batches = [encoded.batch(part) for part in parts]
+        count = sum(task.count(batch) for batch in batches)
+        assert count == 15
+        for batch in batches:
+            (task.loss(model, batch).total / count).backward()
+        total, weight.grad = weight.grad, None
+        assert total is not None
+        return total
+
+    torch.testing.assert_close(gradient([range(3), range(3, 5)]), gradient([range(5)]), rtol=1e-5, atol=1e-7)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from dora_cli.data.tasks.causal import IGNORED
+from dora_cli.data.token_rows import IGNORED
 from dora_cli.evaluation.generate import _cut, answer, last_turn
 
 

@@ -1,21 +1,17 @@
-"""What language-model tasks share: a loss over the tokens to be learned, and rows made of tokens and labels."""
+"""What language-model tasks share: a loss over the tokens that are to be learned."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dora_cli.data.encoded import Encoded
 from dora_cli.data.packing import POSITIONS
 from dora_cli.data.tasks import higher_is_better
 from dora_cli.data.tasks.base import Loss, TaskChoice
+from dora_cli.data.token_rows import IGNORED
 from dora_cli.errors import UserError
 
-IGNORED = -100  # the label of a token that is read but not learned
 CHUNK = 256  # tokens whose probabilities are in float32 at a time
 
 
@@ -104,65 +100,3 @@ class TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(upstream[0][..., None].to(gradient.dtype)), None
-
-
-@dataclass
-class TokenRows:
-    """Rows of tokens and labels, gathered one by one into what :class:`Encoded` holds.
-
-    Args:
-        max_length: longer rows lose their end.
-    """
-
-    max_length: int
-    ids: list[Any] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    tokens: list[np.ndarray] = field(default_factory=list)
-    labels: list[np.ndarray] = field(default_factory=list)
-    truncated: int = 0
-    unlearnable: int = 0  # rows without a token to learn, which are left out
-
-    def add(self, tokens: Iterable[int], learned: Iterable[bool], *, name: Any, place: int) -> None:
-        """One row: its tokens, and which of them are learned; ``name`` for predictions, ``place`` in the split."""
-        row = np.fromiter(tokens, np.int32)
-        labels = np.where(np.fromiter(learned, bool, len(row)), row, IGNORED).astype(np.int32)
-        if len(row) > self.max_length:
-            row, labels = row[: self.max_length], labels[: self.max_length]
-            self.truncated += 1
-        labels[:1] = IGNORED  # nothing comes before it
-        if (labels == IGNORED).all():
-            self.unlearnable += 1
-            return
-        self.ids.append(name)
-        self.places.append(place)
-        self.tokens.append(row)
-        self.labels.append(labels)
-
-    def encoded(self, tokenizer: Any, what: str) -> Encoded:
-        """All of them.
-
-        Raises:
-            UserError: there is not one row; ``what`` says of what.
-        """
-        if not self.tokens:
-            raise UserError(
-                f"no row of {what} has anything to learn within data.max_length={self.max_length} tokens",
-                hint="raise data.max_length, or look at the prompts: dry_run=true with a larger one shows two rows",
-            )
-        notes = []
-        if self.unlearnable:
-            notes.append(f"{self.unlearnable:,} rows left out: nothing to learn within {self.max_length} tokens")
-        return Encoded(
-            ragged={
-                "input_ids": torch.from_numpy(np.concatenate(self.tokens)),
-                "labels": torch.from_numpy(np.concatenate(self.labels)),
-            },
-            offsets=torch.tensor([0, *map(len, self.tokens)]).cumsum(0),
-            scalars={},
-            pads={"input_ids": tokenizer.pad_token_id, "labels": IGNORED},
-            side=tokenizer.padding_side,
-            ids=self.ids,
-            truncated=self.truncated,
-            places=self.places if self.unlearnable else None,
-            notes=notes,
-        )

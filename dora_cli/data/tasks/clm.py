@@ -5,8 +5,9 @@ from typing import Any
 
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.sources import ROW, Rows
-from dora_cli.data.tasks.causal import CausalTask, TokenRows
+from dora_cli.data.tasks.causal import CausalTask
 from dora_cli.data.tasks.text import check_texts
+from dora_cli.data.token_rows import TokenRows, encoded_rows
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
 
@@ -46,19 +47,26 @@ class Clm(CausalTask):
             check_texts(rows, role, [self.columns["text"]])
 
     def encode(self, rows: Any, tokenizer: Any) -> Encoded:
-        gathered = TokenRows(self.config.max_length)
-        names, end, place = self.columns.get("id", ROW), tokenizer.eos_token_id, 0
-        several = False
-        for chunk in rows.select_columns(list({self.columns["text"], names})).iter(CHUNK):
-            made = tokenizer(chunk[self.columns["text"]], return_attention_mask=False, verbose=False)["input_ids"]
-            for tokens, name in zip(made, chunk[names], strict=True):
+        return encoded_rows(
+            lambda: self._gather(rows, tokenizer),
+            rows=rows,
+            columns=[self.columns["text"]],
+            names=self.columns.get("id", ROW),
+            tokenizer=tokenizer,
+            max_length=self.config.max_length,
+            settings={"task": self.name},
+            cache=self.config.cache,
+        )
+
+    def _gather(self, rows: Any, tokenizer: Any) -> TokenRows:
+        gathered, end, place = TokenRows(self.config.max_length), tokenizer.eos_token_id, 0
+        for chunk in rows.select_columns([self.columns["text"]]).iter(CHUNK):
+            texts = chunk[self.columns["text"]]
+            for tokens in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
                 if end is not None and tokens[-1:] != [end]:
                     tokens = [*tokens, end]
                 for start in range(0, len(tokens), self.config.max_length):
                     window = tokens[start : start + self.config.max_length]
-                    gathered.add(window, [True] * len(window), name=name, place=place)
-                    several = several or start > 0
+                    gathered.add(window, [True] * len(window), place)
                 place += 1
-        encoded = gathered.encoded(tokenizer, "this split")
-        encoded.places = gathered.places if several or gathered.unlearnable else None
-        return encoded
+        return gathered

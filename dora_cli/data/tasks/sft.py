@@ -5,7 +5,7 @@ from typing import Any
 
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.sources import ROW, Rows
-from dora_cli.data.tasks.causal import CausalTask, TokenRows
+from dora_cli.data.tasks.causal import CausalTask
 from dora_cli.data.tasks.conversations import (
     ALPACA,
     ALPACA_INPUT,
@@ -21,6 +21,7 @@ from dora_cli.data.tasks.conversations import (
     join,
     pieces,
 )
+from dora_cli.data.token_rows import TokenRows, encoded_rows
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
 
@@ -64,13 +65,30 @@ class Sft(CausalTask):
 
     def encode(self, rows: Any, tokenizer: Any) -> Encoded:
         self.tokenizer = tokenizer
+        return encoded_rows(
+            lambda: self._gather(rows, tokenizer),
+            rows=rows,
+            columns=[name for name in rows.column_names if name not in (ROW, self.columns.get("id"))],
+            names=self.columns.get("id", ROW),
+            tokenizer=tokenizer,
+            max_length=self.config.max_length,
+            settings={
+                "task": self.name,
+                "shape": self.shape,
+                "columns": self.columns,
+                "template": self.config.template,
+                "chat": self._uses_chat(tokenizer),
+            },
+            cache=self.config.cache,
+        )
+
+    def _gather(self, rows: Any, tokenizer: Any) -> TokenRows:
         chat = Chat(tokenizer) if self._uses_chat(tokenizer) else None
         gathered = TokenRows(self.config.max_length)
-        names = self.columns.get("id", ROW)
-        waiting: list[tuple[Passage, Any, int]] = []
+        waiting: list[tuple[Passage, int]] = []
         for place, row in enumerate(rows):
             try:
-                waiting += [(passage, row[names], place) for passage in self._passages(row, chat)]
+                waiting += [(passage, place) for passage in self._passages(row, chat)]
             except BadRow as error:
                 raise UserError(
                     f"row {row[ROW] + 1}: its conversation {error}",
@@ -80,14 +98,8 @@ class Sft(CausalTask):
                 _tokenize(waiting, tokenizer, gathered)
                 waiting = []
         _tokenize(waiting, tokenizer, gathered)
-        encoded = gathered.encoded(tokenizer, "this split")
-        if chat is not None and chat.rewrites:
-            encoded.places = gathered.places
-            encoded.notes.append(
-                f"{chat.rewrites:,} conversations became a row for each assistant turn, since the chat template writes "
-                "earlier turns anew"
-            )
-        return encoded
+        gathered.rewritten = chat.rewrites if chat is not None else 0
+        return gathered
 
     def _uses_chat(self, tokenizer: Any) -> bool:
         there = bool(getattr(tokenizer, "chat_template", None))
@@ -162,16 +174,16 @@ def _require(there: list[str], columns: Mapping[str, str], rows: Rows, split: st
             )
 
 
-def _tokenize(waiting: list[tuple[Passage, Any, int]], tokenizer: Any, into: TokenRows) -> None:
+def _tokenize(waiting: list[tuple[Passage, int]], tokenizer: Any, into: TokenRows) -> None:
     if not waiting:
         return
-    passages = [passage for passage, _, _ in waiting]
+    passages = [passage for passage, _ in waiting]
     made = _by_offsets(passages, tokenizer) if tokenizer.is_fast else _by_pieces(passages, tokenizer)
-    for (tokens, learned), (passage, name, place) in zip(made, waiting, strict=True):
+    for (tokens, learned), (passage, place) in zip(made, waiting, strict=True):
         end = tokenizer.eos_token_id
         if passage.whole and end is not None and tokens[-1:] != [end]:
             tokens, learned = [*tokens, end], [*learned, True]
-        into.add(tokens, learned, name=name, place=place)
+        into.add(tokens, learned, place)
 
 
 def _by_offsets(passages: list[Passage], tokenizer: Any) -> Iterator[tuple[list[int], list[bool]]]:
