@@ -66,7 +66,8 @@ METHODS: dict[str, list[str]] = {
 }  # fmt: skip
 KINDS = {"any": 3, "checkpoint": 4, "event": 2, "evaluation": 2, "adapter": 1, "merged": 1, "cache": 0.5}  # how often
 PATTERNS = {"checkpoint": "checkpoints/.step-*.tmp-*", "adapter": ".adapter.tmp-*", "merged": "*merged*"}
-PASSED = {"checkpoint": 6, "event": 6, "evaluation": 3, "adapter": 1, "merged": 1, "cache": 1}  # so many may pass
+# So many such moments may pass.
+PASSED = {"checkpoint": 6, "event": 6, "evaluation": 3, "adapter": 1, "merged": 1, "writing": 1, "cache": 1}
 AFTER = {"evaluation": 0.006}  # seconds that may pass from then on; by default about what a save takes
 LONGEST = 120  # seconds that a life may take
 
