@@ -57,15 +57,18 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
     task.fit(rows)
     model, tokenizer = _load(own, folder, adapter, config, task)
     device = pick_device(config.train.device)
+    encoded = task.encode(rows.splits[split], tokenizer)
     result = evaluate(
         model.to(device),
         task,
-        task.encode(rows.splits[split], tokenizer),
+        encoded,
         device=device,
         batch_size=config.train.eval_batch_size,
         autocast_dtype=autocast_dtype(config.train.precision),
         keep_predictions=True,
     )
+    for note in encoded.notes:
+        print(f"{split}: {note}")
     _write(own, folder, split, result.metrics, result.predictions or [], data)
     return 0
 

@@ -1,9 +1,9 @@
 """Which rows form a batch: plans without state, so that any epoch can be entered anywhere."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from signal import SIG_IGN, SIGINT, signal
 from typing import Any
 
 import torch
@@ -91,8 +91,11 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; what to do about it is the main one's business."""
-    signal(SIGINT, SIG_IGN)
+    """Ctrl-C reaches every process of a terminal, a scheduler's signal every process of a job; what to do about it is
+    the main one's business. Workers end when it does."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _mixed(seed: int, epoch: int) -> int:

@@ -18,9 +18,11 @@ def last_turn(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels: (s,) the same where learned, else ``IGNORED``.
     """
     learned = (labels != IGNORED).nonzero()[:, 0].tolist()
-    start = end = learned[-1]
-    while start - 1 in set(learned):
-        start -= 1
+    start, end = learned[-1], learned[-1]
+    for place in reversed(learned[:-1]):
+        if place != start - 1:
+            break
+        start = place
     return tokens[:start], tokens[start : end + 1]
 
 
@@ -38,7 +40,7 @@ def generate(
         model: on any device, in evaluation mode.
         tokenizer: gives the token to pad with, and one to end at.
         prompts: (s_i,) tokens each.
-        max_new_tokens: of each answer, at most.
+        max_new_tokens: of each answer, at most; fewer where the model has no positions for more.
         ends: further tokens to end at.
     """
     from transformers import GenerationConfig
@@ -51,10 +53,19 @@ def generate(
         tokens[row, width - len(prompt) :] = prompt.to(device)
         mask[row, width - len(prompt) :] = 1
     ends = sorted({*ends, *_ends(model, tokenizer)})
+    window = getattr(model.config, "max_position_embeddings", None)
+    longest = min(max_new_tokens, window - width) if isinstance(window, int) else max_new_tokens
+    if longest < 1:
+        return [[] for _ in prompts]
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends or None
+        do_sample=False, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends or None
     )
-    written = model.generate(tokens, attention_mask=mask, generation_config=config)[:, width:]
+    own = model.generation_config
+    model.generation_config = config  # else what the model ships (a repetition penalty) is mixed in
+    try:
+        written = model.generate(tokens, attention_mask=mask, generation_config=config)[:, width:]
+    finally:
+        model.generation_config = own
     return [_cut(row, ends) for row in written.tolist()]
 
 
@@ -64,7 +75,8 @@ def answer(text: str, pattern: re.Pattern[str] | None) -> str | None:
     if pattern is None:
         return text.strip()
     found = list(pattern.finditer(text))
-    return found[-1][1 if pattern.groups else 0].replace(",", "").strip() if found else None
+    counts = found[-1][1 if pattern.groups else 0] if found else None
+    return None if counts is None else counts.replace(",", "").strip()
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

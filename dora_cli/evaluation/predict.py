@@ -48,15 +48,15 @@ def evaluate(
     device = torch.device(device)
     plan = sequential_batches(encoded.lengths, batch_size)
     losses: list[Tensor] = []  # one number a batch, read at the end: no waiting for the device in between
-    count = 0
+    count: int | Tensor = 0
     with evaluating(model), torch.no_grad(), autocast(device, autocast_dtype):
         for batch in batches(encoded, plan, pin=device.type == "cuda"):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             total, n, outputs = task.loss(model, batch)
             scorer.update(model, outputs, batch)
             losses.append(total)
-            count += n
-    values = {"loss": torch.stack(losses).cpu().double().sum().item() / max(count, 1), **scorer.metrics()}
+            count = count + n
+    values = {"loss": torch.stack(losses).cpu().double().sum().item() / max(int(count), 1), **scorer.metrics()}
     if not keep_predictions:
         return EvalResult(values)
     order = torch.tensor([row for batch in plan for row in batch]).argsort()  # back from long-to-short

@@ -116,7 +116,10 @@ class TokenScorer:
         tokenizer = self.task.tokenizer
         real = batch["attention_mask"].bool()
         turns = [last_turn(batch["input_ids"][i][real[i]], batch["labels"][i][real[i]]) for i in range(len(real))]
-        ends = turn_ends(tokenizer, [turn for _, turn in turns])
+        whole = real.sum(1) < self.task.config.max_length  # the end of a row that was cut is no end
+        ends = turn_ends(
+            tokenizer, [turn for (_, turn), is_whole in zip(turns, whole.tolist(), strict=True) if is_whole]
+        )
         prompts, longest = [before for before, _ in turns], self.task.config.max_new_tokens
         written = generate(model, tokenizer, prompts, longest, ends)
         for said, (_, meant) in zip(written, turns, strict=True):

@@ -206,8 +206,10 @@ def print_plan(sections: Mapping[str, Mapping[str, str]]) -> None:
         table.add_column(overflow="fold")
         for key, value in rows.items():
             table.add_row(Text(key), Text(value, overflow="fold"))  # brackets are no markup here
-        console.print(Text(title, style="bold"))
-        console.print(table)
+        with to_whoever_looks():
+            console.print(Text(title, style="bold"))
+            console.print(table)
+            sys.stdout.flush()
 
 
 def print_summary(summary: Mapping[str, Any], files: Mapping[str, Path]) -> None:

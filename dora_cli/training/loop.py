@@ -141,6 +141,8 @@ def _blame(session: Session, progress: Progress, hooks: Hooks, step: int, loss: 
         raise UserError(message, where=f"rows of train, each with a finite loss: {_brief(rows)}", hint=slower)
     place = f"rows of train that have no finite loss by themselves: {_brief(guilty)} (from 0)\n"
     place += f"the first: {session.rows.where('train', guilty[0])}"
+    if session.config.data.packing:
+        place += ", or a document that is packed with it"
     if len(guilty) == len(rows) and not math.isfinite(_loss_of(session, 0, "validation")):
         raise UserError(f"{message}: the run has diverged", where=place, hint=slower)
     raise UserError(

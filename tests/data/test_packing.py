@@ -40,7 +40,9 @@ def test_every_document_has_one_place_and_rows_are_close_to_full(lengths: list[i
 
 def test_tokens_labels_and_positions_one_by_one() -> None:
     encoded = documents([3, 5, 2, 4])
+    encoded.truncated = 3
     packed = pack(encoded, 8)
+    assert packed.truncated == 3
     assert len(packed) == 2
     assert packed[0]["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert packed[1]["position_ids"].tolist() == [0, 1, 2, 3, 0, 1]

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_cli.data.sources import load_rows
 from dora_cli.data.tasks import build_task
 from dora_cli.data.tasks.causal import TokenLoss
+from dora_cli.data.tasks.conversations import Chat
 from dora_cli.data.token_rows import IGNORED
 from dora_cli.errors import UserError
 
@@ -118,6 +120,55 @@ def test_prompt_and_completion_without_a_chat_template(bos: bool, tmp_path: Path
     assert learned == ["a", "cat", "</s>"]
 
 
+def test_an_end_that_the_tokenizer_writes_is_learned_and_not_written_twice(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    task, rows = build(tmp_path, [{"prompt": "what is it", "completion": "a cat"}])
+    tokens, learned = words(made, task.encode(rows, made))
+    assert tokens == ["<s>", "what", "is", "it", "a", "cat", "</s>"]
+    assert learned == ["a", "cat", "</s>"]
+
+
+@pytest.mark.parametrize("template", ["what {prompt} :", "what {prompt} : "])
+def test_a_token_that_joins_the_prompts_last_space_and_an_answer_is_learned(template: str, tmp_path: Path) -> None:
+    """As Llama's and GPT-2's do: a word has the space before it in its token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "</s>", *(f"▁{word}" for word in WORDS)])}
+    rust = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    rust.pre_tokenizer = pre_tokenizers.Metaspace()
+    made = PreTrainedTokenizerFast(tokenizer_object=rust, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+    completion = "a cat" if template.endswith(" ") else " a cat"
+    task, rows = build(tmp_path, [{"prompt": "is it", "completion": completion}], template=template)
+    tokens, learned = words(made, task.encode(rows, made))
+    assert tokens == ["▁what", "▁is", "▁it", "▁:", "▁a", "▁cat", "</s>"]
+    assert learned == ["▁a", "▁cat", "</s>"]
+
+
+def test_what_a_chat_template_writes_behind_a_turns_end_is_not_learned() -> None:
+    chat = turns(("user", "what"), ("assistant", "a cat"), ("user", "it"), ("assistant", "no"))
+    (passage,) = Chat(tokenizer(CHATML)).passages(chat)
+    assert [passage.text[start:end] for start, end in passage.learned] == ["a cat <|im_end|>", "no <|im_end|>"]
+
+
+def test_columns_that_were_named_decide_the_shape_and_must_be_there(tmp_path: Path) -> None:
+    row = {"messages": turns(("user", "it"), ("assistant", "yes")), "prompt": "what", "completion": "no"}
+    made = tokenizer(CHATML)
+    task, rows = build(tmp_path, [row], columns={"prompt": "prompt", "completion": "completion"})
+    assert words(made, task.encode(rows, made))[1] == ["no", "<|im_end|>"]
+    task, rows = build(tmp_path, [row])
+    assert words(made, task.encode(rows, made))[1] == ["yes", "<|im_end|>"]
+    with pytest.raises(UserError, match="no column 'nowhere'"):
+        build(tmp_path, [row], columns={"id": "nowhere"})
+    with pytest.raises(UserError, match="no column 'contxt'"):
+        build(tmp_path, [{"instruction": "a", "input": "b", "output": "c"}], columns={"input": "contxt"})
+
+
 def test_a_prompt_becomes_a_conversation_where_there_is_a_chat_template(tmp_path: Path) -> None:
     made = tokenizer(CHATML, bos=True)
     task, rows = build(tmp_path, [{"instruction": "what is", "input": "it", "output": "a cat"}])
@@ -204,6 +255,13 @@ def test_a_tokenizer_written_in_python_learns_the_same(tmp_path: Path) -> None:
         ({"messages": []}, "'messages' is no list of messages"),
         ({"messages": [{"role": "pirate", "content": "x"}]}, "unknown role 'pirate'"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1 whose content is no text"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
+        ({"messages": turns(("assistant", "hello"))}, "begins with the assistant"),
+        ({"messages": turns(("user", "hello"), ("assistant", " "))}, "an assistant turn that says nothing .message 2"),
+        (
+            {"messages": [*turns(("user", "x")), {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
+            "message 2 with tool calls",
+        ),
         ({"prompt": "x", "completion": "  "}, "'completion' is empty"),
         ({"prompt": None, "completion": "x"}, "'prompt' is missing"),
         ({"instruction": 3, "output": "x"}, "'instruction' is no text"),
@@ -338,3 +396,39 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(tmp_path: Path)
         return total
 
     torch.testing.assert_close(gradient([range(3), range(3, 5)]), gradient([range(5)]), rtol=1e-5, atol=1e-7)
+
+
+def test_the_host_asks_a_loss_for_nothing() -> None:
+    class Asked(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.number += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.randn(9, 9, requires_grad=True)
+    task = build_task(SimpleNamespace(task="sft", labels=None, metrics=[], answer=None, template=None))
+    tokens = torch.randint(0, 9, (2, 300))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+    def model(input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=F.embedding(input_ids, weight))
+
+    with Asked() as asked:
+        task.loss(model, batch).total.backward()
+        assert asked.number == 0
+        task.count(batch)
+        assert asked.number == 1, "the check sees something"
+
+
+def test_bfloat16_gradients_are_rounded_once() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 300, 30).bfloat16().requires_grad_()
+    labels = torch.randint(0, 30, (2, 300))
+    losses, _ = TokenLoss.apply(logits, labels)
+    (losses.sum() / 401).backward()
+    exact = logits.detach().double().requires_grad_()
+    (F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="sum") / 401).backward()
+    assert logits.grad is not None and exact.grad is not None
+    ratio = float((logits.grad.double() * exact.grad).sum() / exact.grad.square().sum())
+    assert ratio == pytest.approx(1, abs=5e-4)

@@ -35,6 +35,7 @@ def test_gsm8ks_answer_is_the_number_behind_the_last_mark(text: str, found: str 
 def test_without_a_pattern_all_of_it_counts() -> None:
     assert answer(" a cat\n", None) == "a cat"
     assert answer("yes, 3", re.compile(r"\d")) == "3"
+    assert answer("yes", re.compile("no(t)|yes")) is None, "a group that took no part"
 
 
 def test_nothing_behind_the_end_is_kept() -> None:

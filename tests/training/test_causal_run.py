@@ -114,6 +114,10 @@ def test_adapted_merged_and_pefts_logits_agree_and_evaluations_too(
     assert one["metrics"] == pytest.approx(json.loads((run / "summary.json").read_text())["metrics"]["validation"])
     rows = [json.loads(line) for line in (tmp_path / "one/predictions-validation.jsonl").read_text().splitlines()]
     assert len(rows) == 16
+    right = sum(r["right"] for r in rows) / sum(r["tokens"] for r in rows)
+    assert dora_eval([f"checkpoint={run}", "data.metrics=[token_accuracy]", f"out={tmp_path}/three"]) == 0
+    three = json.loads((tmp_path / "three/eval-validation.json").read_text())
+    assert three["metrics"]["token_accuracy"] == pytest.approx(right)
     mean = sum(r["loss"] * r["tokens"] for r in rows) / sum(r["tokens"] for r in rows)
     assert mean == pytest.approx(one["metrics"]["loss"], rel=1e-4)
 
@@ -223,4 +227,4 @@ def test_only_language_models_have_documents_to_pack(
     dora_train: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert dora_train("method=lora", "budget=r2", "data.packing=true") == 2
-    assert "data.packing=true is for language models" in capsys.readouterr().err
+    assert "data.packing is read by data.task=sft and clm, not by classification" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_cli.allocation import verdict
+from dora_cli.cli import train_run
 from dora_cli.data.tasks.base import Loss
 from dora_cli.data.tasks.classification import Classification
 
@@ -21,6 +22,8 @@ AS_IF = [
     ["lora", "budget=r2"],
     ["dora", "budget=r2", "adapter.rank=4", "schedule.start=3"],
     ["adalora", "budget=r2", "adapter.rank=4", "schedule.start=3", "regularizer.weight=0.5"],
+    ["dora", "budget=r2", "adapter.rank=4", "schedule.start=3", "regularizer.mode=decoupled"],
+    ["increlora", "budget=r2", "schedule.start=3", "schedule.end=6", "allocator.interval=100"],
     ["sora", "budget=r2", "adapter.rank=4"],
     ["bayesian_lora", "budget=r2", "adapter.rank=4", "regularizer.target_rank=2"],
     ["elalora", "budget=r2", "schedule.start=3"],
@@ -165,6 +168,32 @@ def test_host_and_device_decide_alike(
     )
     assert sorted(map(str, one)) == sorted(map(str, two))  # skipped steps are written down later, but all are
     assert [r["step"] for r in one if r["split"] == "skipped"] == [3, 5, 6]
+    assert all(r["gradient_norm"] is not None for r in one if r["split"] == "train"), "of the last step that was taken"
+
+
+def test_a_signal_counts_what_the_device_has_skipped_before_it_saves(
+    dora_train: Train, broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "waits", lambda device: True)
+    seen = broken(2)
+
+    class Interrupted(train_run._Run):
+        """Its signal comes in the fifth step."""
+
+        @property
+        def signal(self) -> str | None:  # type: ignore[override]
+            return "SIGTERM" if len(seen) >= 5 else None
+
+        @signal.setter
+        def signal(self, value: str | None) -> None:
+            pass
+
+    monkeypatch.setattr(train_run, "_Run", Interrupted)
+    words = ["method=lora", "budget=r2", "train.max_steps=20", "train.log_every=100", "train.eval_every=100"]
+    assert dora_train(*words, "train.save_every=100") == 143
+    (folder,) = (tmp_path / "run/checkpoints").iterdir()
+    progress = json.loads((folder / "state.json").read_text())["progress"]
+    assert (progress["step"], progress["skipped"], progress["pending_steps"]) == (5, 1, 4)
 
 
 class Transfers(TorchDispatchMode):

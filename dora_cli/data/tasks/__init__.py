@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dora_cli.errors import UserError
 from dora_cli.registry import load
 
 TASKS = {
@@ -10,6 +11,8 @@ TASKS = {
     "sft": "dora_cli.data.tasks.sft:Sft",
     "clm": "dora_cli.data.tasks.clm:Clm",
 }
+
+READ_BY = {"template": ("sft",), "answer": ("sft",), "packing": ("sft", "clm")}
 
 LOWER_IS_BETTER = frozenset({"loss", "mse", "mae", "perplexity"})
 
@@ -23,6 +26,12 @@ def build_task(config: Any) -> Any:
     """The task that ``config.task`` names (a ``config.schema.DataConfig``), not yet fitted to rows.
 
     Raises:
-        UserError: there is no such task.
+        UserError: there is no such task, or it does not read an option that is set.
     """
+    for option, tasks in READ_BY.items():
+        if getattr(config, option, None) and config.task in TASKS and config.task not in tasks:
+            raise UserError(
+                f"data.{option} is read by data.task={' and '.join(tasks)}, not by {config.task}",
+                hint=f"leave data.{option} out",
+            )
     return load(TASKS, config.task, key="data.task")(config)

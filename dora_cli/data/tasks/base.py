@@ -28,11 +28,11 @@ class Loss(NamedTuple):
     """A batch's loss, not yet averaged, so that accumulated gradients can be weighted exactly.
 
     ``total``: the sum over what the loss averages over (rows, or tokens), float32, no dimensions. ``n``: how many those
-    were. ``outputs``: what the task's scorer reads.
+    were, on the device where the host would have to wait for it. ``outputs``: what the task's scorer reads.
     """
 
     total: Tensor
-    n: int
+    n: int | Tensor
     outputs: Tensor
 
 

@@ -63,7 +63,7 @@ class CausalTask:
         learned = labels != IGNORED
         with torch.no_grad():
             outputs = torch.stack([losses.sum(1), learned.sum(1).to(losses), right.sum(1)], dim=1)
-        return Loss(losses.sum(), self.count(batch), outputs)
+        return Loss(losses.sum(), learned.sum(), outputs)
 
 
 class TokenLoss(torch.autograd.Function):
@@ -78,20 +78,20 @@ class TokenLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """logits (n, s, V) and labels (n, s) → losses (n, s) and whether the best guess is right (n, s), float32."""
         wanted = labels.clamp_min(0)
-        learned = (labels != IGNORED).float()
-        losses, right = torch.empty_like(learned), torch.empty_like(learned)
+        learned = labels != IGNORED
+        losses, right = (torch.empty(labels.shape, device=logits.device) for _ in range(2))
         gradient = torch.empty_like(logits) if logits.requires_grad else None
         for row in range(len(logits)):
             for start in range(0, logits.shape[1], CHUNK):
                 part = (row, slice(start, start + CHUNK))
                 log_p = logits[part].float().log_softmax(-1)
                 index = wanted[part][:, None]
-                losses[part] = -log_p.gather(-1, index)[:, 0] * learned[part]
-                right[part] = (log_p.argmax(-1) == wanted[part]) * learned[part]
+                losses[part] = torch.where(learned[part], -log_p.gather(-1, index)[:, 0], 0.0)
+                right[part] = ((log_p.argmax(-1) == wanted[part]) & learned[part]).float()
                 if gradient is not None:
                     slope = log_p.exp_()
                     slope.scatter_add_(-1, index, -torch.ones_like(index, dtype=slope.dtype))
-                    gradient[part] = slope.mul_(learned[part][:, None])
+                    gradient[part] = slope.masked_fill_(~learned[part][:, None], 0.0)
         ctx.gradient = gradient
         ctx.mark_non_differentiable(right)
         return losses, right
@@ -99,4 +99,8 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(upstream[0][..., None].to(gradient.dtype)), None
+        for row in range(len(gradient)):
+            for start in range(0, gradient.shape[1], CHUNK):
+                part = (row, slice(start, start + CHUNK))
+                gradient[part] = gradient[part].float() * upstream[0][part][:, None]  # bfloat16 has no 1/count
+        return gradient, None

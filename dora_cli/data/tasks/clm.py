@@ -16,15 +16,14 @@ CHUNK = 500  # rows tokenised at once
 
 
 class Clm(CausalTask):
-    """Loss on every token of a text but the first. A text longer than ``data.max_length`` becomes several rows, each
-    with as many tokens as fit, so that nothing is lost; each text ends with the tokenizer's end token.
+    """Loss on every token of a text but the first. A text longer than ``data.max_length`` becomes several rows, each of
+    which begins with the last token of the one before, so that every token is learned once; each text ends with the
+    tokenizer's end token.
     """
 
     name = "clm"
 
     def fit(self, rows: Rows) -> None:
-        if self.config.template is not None:
-            raise UserError("data.template is for data.task=sft", hint="set data.template=null")
         if "exact_match" in self.metric_names:
             raise UserError("data.metrics: 'exact_match' is for data.task=sft: a text has no answer")
         asked: Mapping[str, str | None] = self.config.columns
@@ -65,7 +64,7 @@ class Clm(CausalTask):
             for tokens in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
                 if end is not None and tokens[-1:] != [end]:
                     tokens = [*tokens, end]
-                for start in range(0, len(tokens), self.config.max_length):
+                for start in range(0, max(len(tokens) - 1, 1), max(self.config.max_length - 1, 1)):
                     window = tokens[start : start + self.config.max_length]
                     gathered.add(window, [True] * len(window), place)
                 place += 1

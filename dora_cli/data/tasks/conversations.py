@@ -63,13 +63,19 @@ def conversation(value: Any) -> list[Message]:
     """The messages of a ``messages`` column, checked.
 
     Raises:
-        BadRow: it is no list of messages with a known role and a text, or has no assistant turn.
+        BadRow: it is no list of messages with a known role and a text, has no assistant turn, begins with one or has
+            one that says nothing.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadRow("is no list of messages")
     messages = [_message(item, i) for i, item in enumerate(value, start=1)]
     if not any(m["role"] == "assistant" for m in messages):
         raise BadRow("has no assistant turn, so nothing could be learned from it")
+    if messages[0]["role"] == "assistant":
+        raise BadRow("begins with the assistant")
+    silent = [i for i, m in enumerate(messages, start=1) if m["role"] == "assistant" and not m["content"].strip()]
+    if silent:
+        raise BadRow(f"has an assistant turn that says nothing (message {silent[0]})")
     return messages
 
 
@@ -79,10 +85,12 @@ def _message(item: Any, number: int) -> Message:
     role, content = (
         item.get(a) if item.get(a) is not None else item.get(b) for a, b in (("role", "from"), ("content", "value"))
     )
-    if role not in SPEAKERS:
+    if not isinstance(role, str) or role not in SPEAKERS:
         raise BadRow(
             f"has a message {number} of unknown role {role!r} (known: {', '.join(sorted(set(SPEAKERS.values())))})"
         )
+    if item.get("tool_calls"):
+        raise BadRow(f"has a message {number} with tool calls, which are not supported yet")
     if not isinstance(content, str):
         raise BadRow(f"has a message {number} whose content is no text")
     return {"role": SPEAKERS[role], "content": content}
@@ -108,8 +116,6 @@ class Chat:
         turns: list[tuple[str, int]] = []  # the conversation up to a turn of the assistant, and where that turn begins
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                if i == 0:
-                    raise BadRow("begins with the assistant")
                 before, after = self._text(messages[:i], prompt=True), self._text(messages[: i + 1])
                 if not after.startswith(before):
                     raise BadRow("is rendered by the chat template in a way that hides where an assistant turn begins")
@@ -124,7 +130,7 @@ class Chat:
 
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise BadRow(f"is refused by the tokenizer's chat template: {error}") from error
         return str(text)
 

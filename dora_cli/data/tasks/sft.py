@@ -149,10 +149,12 @@ def _shape(asked: Mapping[str, str | None], there: list[str], rows: Rows) -> tup
     for role in asked:
         if role not in ROLES:
             raise UserError(f"unknown key 'data.columns.{role}'", hint=did_you_mean(role, ROLES))
+    named_roles = {role for role, column in asked.items() if column and role != "id"}
     for shape, (needed, further) in SHAPES.items():
         columns = {role: asked.get(role) or role for role in (*needed, *further, "id")}
-        if all(columns[role] in there for role in needed):
-            return shape, {r: c for r, c in columns.items() if c in there and (r not in asked or asked[r])}
+        if named_roles <= {*needed, *further} and all(columns[role] in there for role in needed):
+            # One that is named must be there; of the others those are taken that are, but for what is set to nothing.
+            return shape, {r: c for r, c in columns.items() if asked.get(r) or (c in there and r not in asked)}
     named = {role: column for role, column in asked.items() if column and column not in there}
     role, column = next(iter(named.items()), ("messages", "messages"))
     raise UserError(
@@ -187,7 +189,11 @@ def _tokenize(waiting: list[tuple[Passage, int]], tokenizer: Any, into: TokenRow
 
 
 def _by_offsets(passages: list[Passage], tokenizer: Any) -> Iterator[tuple[list[int], list[bool]]]:
-    """Tokens of whole texts: what is learned never changes how they are cut. A token is learned where it begins."""
+    """Tokens of whole texts: what is learned never changes how they are cut.
+
+    A token with any part of an answer is learned: many tokenizers join a word to the space before it, which may be the
+    prompt's last.
+    """
     made = tokenizer(
         [passage.text for passage in passages],
         add_special_tokens=passages[0].whole,
@@ -196,9 +202,7 @@ def _by_offsets(passages: list[Passage], tokenizer: Any) -> Iterator[tuple[list[
         verbose=False,
     )
     for passage, tokens, offsets in zip(passages, made["input_ids"], made["offset_mapping"], strict=True):
-        learned = [
-            end > start and any(first <= start < last for first, last in passage.learned) for start, end in offsets
-        ]
+        learned = [any(start < last and end > first for first, last in passage.learned) for start, end in offsets]
         # A tokenizer's own end token has no place in the text; it ends what is learned.
         if passage.whole and tokens[-1:] == [tokenizer.eos_token_id]:
             learned[-1] = True
