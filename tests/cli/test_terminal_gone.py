@@ -44,7 +44,7 @@ def read_until(read: Callable[[], bytes], word: bytes) -> None:
         seen += piece
 
 
-@pytest.mark.parametrize("word", [b"recipe", b"step 2/60"])
+@pytest.mark.parametrize("word", [b"recipe", pytest.param(b"step 2/60", marks=pytest.mark.slow)])
 def test_a_run_goes_on_when_the_reader_of_its_pipe_ends(word: bytes, start: Start, tmp_path: Path) -> None:
     """In the plan, as `| head -1` does, or later."""
     process = start(stdout=subprocess.PIPE)
@@ -55,7 +55,7 @@ def test_a_run_goes_on_when_the_reader_of_its_pipe_ends(word: bytes, start: Star
     assert complete(tmp_path / "run")
 
 
-@pytest.mark.parametrize("nohup", [False, True])
+@pytest.mark.parametrize("nohup", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_terminal_closes(nohup: bool, start: Start, tmp_path: Path) -> None:
     """Its SIGHUP saves and stops; where that is ignored, the run goes on though nothing can be written any more."""
     main, side = pty.openpty()

@@ -31,6 +31,8 @@ AS_IF = [
     ["aflora", "budget=r2", "importance.window=2"],
     ["weight_decomposed", "budget=r2"],
 ]
+FEW = ("adalora", "bayesian_lora", "increlora")  # of each kind of state one
+QUIET = ("lora", "elalora", "increlora", "weight_decomposed")  # what acts in between is that of the others
 WORDS = ["train.max_steps=20", "train.save_every=4", "train.eval_every=10", "train.log_every=1"]
 
 
@@ -151,7 +153,7 @@ def test_a_window_of_aflora_is_averaged_over_steps_that_were_taken(
     assert all(float(t.sum()) == 0 for t in of(8, 0).values())
 
 
-@pytest.mark.parametrize("words", AS_IF, ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [w for w in AS_IF if w[0] in FEW], ids=lambda words: words[0])
 def test_host_and_device_decide_alike(
     words: list[str], dora_train: Train, broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +216,7 @@ class Transfers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("words", AS_IF, ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [w for w in AS_IF if w[0] not in QUIET], ids=lambda words: words[0])
 def test_between_events_and_logs_the_host_asks_for_nothing(
     words: list[str], dora_train: Train, broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,8 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
     number: signal.Signals, code: int, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["budget=r1", "adapter.rank=2", "train.max_steps=20", "train.save_every=100", "train.log_every=1"]
+    if signal.getsignal(number) is signal.SIG_IGN:  # these tests run under nohup
+        signal.signal(number, signal.SIG_DFL)
     real, before = train_run._Run._log, signal.getsignal(number)
 
     def log_then_signal(self: Any, record: dict[str, Any]) -> None:
