@@ -348,20 +348,6 @@ def test_a_probe_revives_the_idle_module_with_the_largest_gradient_and_leaves_no
             assert torch.equal(value, results[1][0][name][key])
 
 
-def test_a_gradient_that_is_no_number_revives_nobody(stack: Any) -> None:
-    """Of a step that is skipped: the module is taken for one without a gradient, not for the one with the largest."""
-    model, layers = stack(n=8, width=16, rank=2, part=Lora())
-    allocation = joined(layers, choice="probe", probation=1)
-    ((_, event),) = [(s, e) for s, e in trained(model, allocation, optimizer_of(layers), last=15) if s == 15]
-    broken, sound, *others = event["idle"]
-    for name, layer in layers.items():
-        layer.b.grad = torch.full_like(layer.b, 1.0 if name == sound else torch.nan if name == broken else 0.0)
-    allocation.allocator.probing = True  # type: ignore[attr-defined]
-    allocation.allocator.after_backward(allocation.table, 19, allocation.window)
-    idle = torch.tensor([allocation.table.names.index(name) for name in (broken, sound, *others)])
-    assert allocation.allocator._next(idle, 1).tolist() == [allocation.table.names.index(sound)]  # type: ignore[attr-defined]
-
-
 def test_a_probe_needs_modules_that_contribute() -> None:
     with pytest.raises(UserError, match=r"allocator\.choice=probe"):
         KillAndRevive(choice="probe", killed="drop")
