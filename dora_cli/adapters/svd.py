@@ -40,8 +40,8 @@ class Svd(LowRankPart):
     def layer(self, base: nn.Module, rank: int) -> SvdLayer:
         d_out, d_in = linear_shape(base)
         device = next(base.parameters()).device
-        a = torch.randn(rank, d_in, device=device) * INIT_STD
-        b = torch.randn(d_out, rank, device=device) * INIT_STD
+        a = torch.randn(rank, d_in).to(device) * INIT_STD
+        b = torch.randn(d_out, rank).to(device) * INIT_STD
         layer = SvdLayer(base, a, b, torch.zeros(rank, device=a.device), self.scale(rank), self.dropout)
         if self.decay_gates:
             layer.no_decay = frozenset()
@@ -50,12 +50,12 @@ class Svd(LowRankPart):
 
 def orthogonal_rows(n: int, existing: Tensor) -> Tensor:
     """``n`` random rows (n, d) of unit length, orthogonal to each other and to ``existing`` (r, d) while d has room."""
-    rows = torch.randn(n, existing.shape[1], device=existing.device)
+    rows = torch.randn(n, existing.shape[1]).to(existing.device)
     for i in range(n):
         basis = torch.linalg.qr(torch.cat([existing.float(), rows[:i]]).T).Q if len(existing) + i else rows[:0].T
         for _ in range(2):  # the second pass takes out what rounding left of the first
             rows[i] -= basis @ (basis.T @ rows[i])
         if rows[i].norm() < 1e-4:  # no room left: any direction
-            rows[i] = torch.randn_like(rows[i])
+            rows[i] = torch.randn(rows[i].shape).to(rows.device)
         rows[i] /= rows[i].norm()
     return rows

@@ -17,6 +17,7 @@ class OpenGates(Init):
     def fill(self, name: str, layer: Any) -> None:
         bound = layer.d_in**-0.5
         with torch.no_grad():
-            layer.c.normal_()
+            layer.c.copy_(torch.randn(layer.c.shape))
             layer.b.zero_()
-        layer.start_from_rows(torch.empty_like(layer.a).uniform_(-bound, bound))  # last: it may calibrate to all three
+        rows = torch.empty(layer.a.shape).uniform_(-bound, bound)
+        layer.start_from_rows(rows.to(layer.a.device))  # last: it may calibrate to all three
