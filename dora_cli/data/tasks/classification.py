@@ -11,6 +11,7 @@ from dora_cli.data.encoded import Encoded
 from dora_cli.data.sources import Rows
 from dora_cli.data.tasks import higher_is_better
 from dora_cli.data.tasks.base import Loss, TaskChoice
+from dora_cli.data.tasks.labels import as_text, class_names, distinct, in_order, positions
 from dora_cli.data.tasks.text import check_texts, encode_texts, find_columns, values
 from dora_cli.errors import UserError
 
@@ -46,12 +47,12 @@ class Classification:
         self.columns = find_columns(self.config.columns, rows)
         self.labels = self._read_labels(rows)
         named = self.config.labels is not None or any(
-            _class_names(dataset, self.columns["label"]) for dataset in rows.splits.values()
+            class_names(dataset, self.columns["label"]) for dataset in rows.splits.values()
         )
-        self._positions = _positions(self.labels, numbered=named)
+        self._positions = positions(self.labels, numbered=named)
         for role, dataset in rows.splits.items():
             check_texts(rows, role, [self.columns[c] for c in ("text", "text_pair") if c in self.columns])
-            names = _class_names(dataset, self.columns["label"])
+            names = class_names(dataset, self.columns["label"])
             for i, value in enumerate(values(dataset, self.columns["label"])):
                 if self._index(value, names) is None:
                     raise self._outside(value, rows, role, i)
@@ -66,7 +67,7 @@ class Classification:
 
     def encode(self, rows: Any, tokenizer: Any) -> Encoded:
         column = self.columns["label"]
-        names = _class_names(rows, column)
+        names = class_names(rows, column)
         labels = torch.tensor([self._index(value, names) for value in values(rows, column)])
         return encode_texts(rows, self.columns, tokenizer, self.config, scalars={"labels": labels})
 
@@ -92,17 +93,17 @@ class Classification:
 
     def _read_labels(self, rows: Rows) -> list[str]:
         if self.config.labels is not None:
-            return _distinct([str(label) for label in self.config.labels])
+            return distinct([str(label) for label in self.config.labels])
         role = "train" if "train" in rows.splits else next(iter(rows.splits))
         column = self.columns["label"]
-        names = _class_names(rows.splits[role], column)
+        names = class_names(rows.splits[role], column)
         if names is not None:
-            return _distinct(names)
+            return distinct(names)
         found: set[str] = set()
         count = 0
         for i, value in enumerate(values(rows.splits[role], column)):
             count += 1
-            text = _text(value, None)
+            text = as_text(value, None)
             if text is None:
                 raise self._outside(value, rows, role, i)
             found.add(text)
@@ -118,11 +119,11 @@ class Classification:
                 where=f"column '{column}' of split '{role}' in {rows.source}",
                 hint="choose the label's column with data.columns.label=NAME, or list all labels in data.labels",
             )
-        return sorted(found, key=lambda text: (0, int(text), "") if _is_integer(text) else (1, 0, text))
+        return in_order(found)
 
     def _index(self, value: Any, names: Sequence[str] | None) -> int | None:
         """The position of a row's label in ``labels``, or ``None``."""
-        index = self._positions.get(_text(value, names) or "")
+        index = self._positions.get(as_text(value, names) or "")
         return self._positions.get(str(value)) if index is None and names is not None else index
 
     def _outside(self, value: Any, rows: Rows, role: str, index: int) -> UserError:
@@ -141,40 +142,3 @@ class Classification:
         if value == -1:
             hint = "-1 stands for an unknown label, as in GLUE's test splits: such a split can't be evaluated"
         return UserError(f"label '{value}' is none of the labels ({shown})", where=where, hint=hint)
-
-
-def _positions(labels: list[str], *, numbered: bool) -> dict[str, int]:
-    """What a row may say → position of the label: its name; true and false in any spelling; a position as a number,
-    where the labels have an order that somebody gave them (``numbered``) and none is itself a number."""
-    positions = {label.lower(): i for i, label in enumerate(labels) if label.lower() in ("true", "false")}
-    if numbered and not any(map(_is_integer, labels)):
-        positions |= {str(i): i for i in range(len(labels))}
-    return positions | {label: i for i, label in enumerate(labels)}
-
-
-def _text(value: Any, names: Sequence[str] | None) -> str | None:
-    """A label as text: ``None`` for what can't be one."""
-    if names is not None and isinstance(value, int) and 0 <= value < len(names):
-        return names[value]
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value) if isinstance(value, int) or (isinstance(value, str) and value) else None
-
-
-def _is_integer(text: str) -> bool:
-    return len(text) < 1000 and text.removeprefix("-").isdecimal()  # Python reads no number of thousands of digits
-
-
-def _class_names(dataset: Any, column: str) -> list[str] | None:
-    return getattr(dataset.features[column], "names", None)
-
-
-def _distinct(labels: list[str]) -> list[str]:
-    if len(set(labels)) < len(labels) or len(labels) < 2:
-        raise UserError(
-            f"data.labels={labels}: " + ("a label occurs twice" if len(labels) > 1 else "there must be at least two"),
-            hint="list every label once; null reads them from the data",
-        )
-    return labels

@@ -13,40 +13,62 @@ from dora_cli.data.tokens import tokenize
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
 
-ROLES = ("text", "text_pair", "label", "id")
+# role → the names that its column is looked for under
+TEXT = {"text": ["text"], "text_pair": ["text_pair"], "label": ["label"], "id": ["id", "idx"]}
+ROLES = tuple(TEXT)
 
 
-def find_columns(columns: Mapping[str, str | None], rows: Rows) -> dict[str, str]:
-    """Role → column, for the roles that the data has: text and label always, text_pair and id where there is one.
+def find_columns(
+    columns: Mapping[str, str | None],
+    rows: Rows,
+    roles: Mapping[str, Sequence[str]] = TEXT,
+    *,
+    needed: Sequence[str] = ("text", "label"),
+) -> dict[str, str]:
+    """Role → column, for the roles that the data has: those that are needed always, others where there is a column.
 
     Args:
-        columns: what the user says, role → column. A role not named there is looked for under its own name (``id`` also
-            under ``idx``); one that is named but has no column (empty or null) is not used, whatever the recipe says.
+        columns: what the user says, role → column. A role not named there is looked for under the names in ``roles``;
+            one that is named but has no column (empty or null) is not used, whatever the recipe says.
+        rows: the splits.
+        roles: all that there are → the names of their columns.
+        needed: those of them without which there is nothing to learn.
 
     Raises:
         UserError: an unknown role; a split without a column that is needed.
     """
     for role in columns:
-        if role not in ROLES:
-            raise UserError(f"unknown key 'data.columns.{role}'", hint=did_you_mean(role, ROLES))
+        if role not in roles:
+            raise UserError(f"unknown key 'data.columns.{role}'", hint=did_you_mean(role, roles))
     first = next(iter(rows.splits.values())).column_names
     found = {role: column for role, column in columns.items() if column}
-    for role, names in {"text": ["text"], "text_pair": ["text_pair"], "label": ["label"], "id": ["id", "idx"]}.items():
+    for role, names in roles.items():
         present = [name for name in names if name in first]
-        needed = role in ("text", "label")
-        if role not in found and (needed or (present and role not in columns)):
+        if role not in found and (role in needed or (present and role not in columns)):
             found[role] = present[0] if present else names[0]
-    for split, dataset in rows.splits.items():
-        there = [name for name in dataset.column_names if name != ROW]
-        for role, column in found.items():
-            if column not in there:
-                raise UserError(
-                    f"there is no column '{column}' for data.columns.{role}",
-                    where=f"{rows.origin.get(split) or f'split {split!r} of {rows.source}'} has: {', '.join(there)}",
-                    hint=f"say which it is with data.columns.{role}=NAME"
-                    + (f", or use none: data.columns.{role}=null" if role in ("text_pair", "id") else ""),
-                )
+    for role, column in found.items():
+        more = "" if role in needed else f", or use none: data.columns.{role}=null"
+        check_column(rows, role, column, more)
     return found
+
+
+def check_column(rows: Rows, role: str, column: str, more: str = "") -> None:
+    """Refuse splits without this column.
+
+    Args:
+        more: what else can be done about it, for the hint.
+
+    Raises:
+        UserError: with the columns that there are.
+    """
+    for split, dataset in rows.splits.items():
+        if column not in dataset.column_names:
+            there = ", ".join(name for name in dataset.column_names if name != ROW)
+            raise UserError(
+                f"there is no column '{column}' for data.columns.{role}",
+                where=f"{rows.origin.get(split) or f'split {split!r} of {rows.source}'} has: {there}",
+                hint=f"say which it is with data.columns.{role}=NAME{more}",
+            )
 
 
 def check_texts(rows: Rows, role: str, columns: Sequence[str]) -> None:
