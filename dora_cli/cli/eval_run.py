@@ -25,6 +25,7 @@ from dora_cli.models.load import load_model
 from dora_cli.reporting.events import jsonable
 from dora_cli.training.setup import autocast_dtype, pick_device
 
+NAMED = ("classification", "ner")  # tasks whose labels the head has in its order
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -48,7 +49,7 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
     split = own.get("split", "validation")
 
     labels = _labels(adapter, folder)
-    data = replace(config.data, labels=labels) if labels and config.data.task == "classification" else config.data
+    data = replace(config.data, labels=labels) if labels and config.data.task in NAMED else config.data
     role = _file_role(overrides, split)
     # Without a validation split some of train was held out; what is left is the train split that was trained on.
     roles = ["train", "validation"] if split == "train" and role == "train" else [split]

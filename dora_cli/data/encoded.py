@@ -58,6 +58,10 @@ class Encoded:
         """Tokens of every row, shape ``(N,)``."""
         return self.offsets[1:] - self.offsets[:-1]
 
+    def parts(self, row: int) -> list[slice]:
+        """Of the tokens of ``self[row]``, those that the model reads together."""
+        return [slice(0, int(self.lengths[row]))]
+
     def select(self, rows: Sequence[int]) -> "Encoded":
         """These rows alone, in this order."""
         spans = [slice(int(self.offsets[i]), int(self.offsets[i + 1])) for i in rows]
@@ -86,10 +90,21 @@ class Encoded:
             Every ragged column and ``attention_mask`` (1 for tokens, 0 for padding), shape ``(n, s)``, int64; every
             scalar column, shape ``(n,)``.
         """
-        # numpy: the same few operations start several times faster there than in torch
         index = np.asarray(rows, dtype=np.int64)
-        offsets = self.offsets.numpy()
-        starts, ends = offsets[index], offsets[index + 1]
+        return self._padded(self.offsets, index) | self._scalars(index)
+
+    def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """What a ``DataLoader`` asks for: a whole batch at once."""
+        return self.batch(rows)
+
+    def _scalars(self, index: np.ndarray) -> dict[str, Tensor]:
+        return {name: values[torch.from_numpy(index)] for name, values in self.scalars.items()}
+
+    def _padded(self, offsets: Tensor, index: np.ndarray) -> dict[str, Tensor]:
+        """Stretches of the ragged columns, between the offsets of these numbers, padded to the longest of them."""
+        # numpy: the same few operations start several times faster there than in torch
+        bounds = offsets.numpy()
+        starts, ends = bounds[index], bounds[index + 1]
         width = int((ends - starts).max())
         left = starts if self.side == "right" else ends - width
         places = left[:, None] + np.arange(width)  # (n, s), where each position lies in the flat columns
@@ -101,8 +116,4 @@ class Encoded:
             np.copyto(values, pad, where=padding)
             batch[name] = torch.from_numpy(values)
         batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
-        return batch | {name: values[torch.from_numpy(index)] for name, values in self.scalars.items()}
-
-    def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """What a ``DataLoader`` asks for: a whole batch at once."""
-        return self.batch(rows)
+        return batch

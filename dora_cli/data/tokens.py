@@ -23,6 +23,14 @@ FORMAT = 1  # of what is cached: raise it when the tokens of the same texts beco
 Columns = dict[str, list[list[int]]]  # column → one list a row
 
 
+class NoRoom(Exception):
+    """Row number ``row`` is longer than allowed by its second text alone, which was to be kept."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(row)
+        self.row = row
+
+
 def tokenize(
     texts: Sequence[str],
     pairs: Sequence[str] | None,
@@ -31,6 +39,7 @@ def tokenize(
     max_length: int,
     scalars: dict[str, Tensor],
     cache: Path | None = None,
+    keep_pairs: bool = False,
 ) -> Encoded:
     """Tokenise texts, or pairs of texts, with the tokenizer's special tokens.
 
@@ -45,22 +54,18 @@ def tokenize(
         scalars: the columns that go along, shape ``(N,)`` each.
         cache: where the tokens of large sets are kept for the next run; ``None``: nowhere. What a tokenizer that is
             written in Python does cannot be put into a key: its tokens are not kept.
+        keep_pairs: a row loses tokens from its first text alone.
 
     Raises:
         UserError: ``max_length`` leaves no room beside the special tokens.
+        NoRoom: a second text that is to be kept is longer than that.
     """
-    special = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
-    if max_length <= special + (pairs is not None):
-        raise UserError(
-            f"data.max_length={max_length} leaves no room for text",
-            where=f"the tokenizer adds {special} special tokens to a row",
-            hint="raise data.max_length",
-        )
+    special = check_room(tokenizer, max_length, pair=pairs is not None)
     if pairs is not None and special == tokenizer.num_special_tokens_to_add(pair=False):
         texts = [f"{text}\n" for text in texts]
     pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     pads = {name: pad for name, pad in pads.items() if name in tokenizer.model_input_names}
-    job = _Job(texts, pairs, tokenizer, rust_of(tokenizer), max_length, _empty_row(tokenizer, pads))
+    job = _Job(texts, pairs, tokenizer, rust_of(tokenizer), max_length, _empty_row(tokenizer, pads), keep_pairs)
     characters = sum(map(len, texts)) + sum(map(len, pairs or ()))
     worth = characters >= CACHED_FROM and job.is_known
     tokens = cached(cache if worth else None, job.key, job.tokens)
@@ -72,6 +77,22 @@ def tokenize(
         side=tokenizer.padding_side,
         truncated=int(tokens["truncated"]),
     )
+
+
+def check_room(tokenizer: Any, max_length: int, *, pair: bool = False) -> int:
+    """How many special tokens go to a row of one text, or of a pair.
+
+    Raises:
+        UserError: ``max_length`` leaves no room beside them.
+    """
+    special: int = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length <= special + pair:
+        raise UserError(
+            f"data.max_length={max_length} leaves no room for text",
+            where=f"the tokenizer adds {special} special tokens to a row",
+            hint="raise data.max_length",
+        )
+    return special
 
 
 def rust_of(tokenizer: Any) -> Any:
@@ -108,6 +129,7 @@ class _Job:
     rust: Any
     max_length: int
     empty: dict[str, list[int]]
+    keep_pairs: bool
 
     def tokens(self) -> dict[str, Tensor]:
         """Every column, shape ``(Σ s_i,)``, int32; ``offsets``, shape ``(N + 1,)``; ``truncated``, shape ``(1,)``."""
@@ -117,6 +139,9 @@ class _Job:
         for first, second in self._chunks():
             columns, cut = (self._by_python if self.rust is None else self._by_rust)(first, second)
             truncated += cut
+            for i, row in enumerate(columns["input_ids"] if cut else ()):
+                if len(row) > self.max_length:
+                    raise NoRoom(len(lengths) + i)
             for name, rows in columns.items():
                 full = [row or self.empty[name] for row in rows]
                 flat[name].append(np.fromiter(chain.from_iterable(full), np.int32))
@@ -147,6 +172,7 @@ class _Job:
             "max_length": self.max_length,
             "empty": self.empty,
             "side": self.tokenizer.truncation_side,
+            "keep_pairs": self.keep_pairs,
             "split_special_tokens": self.tokenizer.split_special_tokens,
         }
         digest = sha256(json.dumps(facts).encode())
@@ -174,7 +200,8 @@ class _Job:
             columns["token_type_ids"] = [e.type_ids for e in encodings]
         long = [i for i, ids in enumerate(columns["input_ids"]) if len(ids) > self.max_length]
         for i in long:
-            for span in _surplus(encodings[i].sequence_ids, self.max_length, self.tokenizer.truncation_side):
+            sequences, side = encodings[i].sequence_ids, self.tokenizer.truncation_side
+            for span in _surplus(sequences, self.max_length, side, keep_pair=self.keep_pairs):
                 for rows in columns.values():
                     del rows[i][span]
         return columns, len(long)
@@ -186,16 +213,18 @@ class _Job:
         long = [i for i, ids in enumerate(columns["input_ids"]) if len(ids) > self.max_length]
         if long:
             again = [column and [column[i] for i in long] for column in (first, second)]
-            cut = self.tokenizer(*again, truncation=True, max_length=self.max_length, **quiet)
+            how = "only_first" if self.keep_pairs else "longest_first"
+            cut = self.tokenizer(*again, truncation=how, max_length=self.max_length, **quiet)
             for name, rows in columns.items():
                 for i, row in zip(long, cut[name], strict=True):
                     rows[i] = row
         return columns, len(long)
 
 
-def _surplus(sequences: list[int | None], max_length: int, side: str) -> list[slice]:
+def _surplus(sequences: list[int | None], max_length: int, side: str, *, keep_pair: bool = False) -> list[slice]:
     """What goes from a row that is too long, last first: the longer text gives until both are equal, as when the
-    tokenizer cuts. (Its own cut keeps every piece that it cuts off, of two long texts every pair of pieces.)
+    tokenizer cuts; with ``keep_pair`` the first one alone gives what it has. (The tokenizer's own cut keeps every piece
+    that it cuts off, of two long texts every pair of pieces.)
 
     Args:
         sequences: for every token the text that it comes from, 0 or 1; ``None`` for special tokens.
@@ -206,6 +235,8 @@ def _surplus(sequences: list[int | None], max_length: int, side: str) -> list[sl
     room = max_length - sequences.count(None)
     shorter = min(*counts, room // 2)
     shares = (shorter, room - shorter) if counts[0] <= counts[1] else (room - shorter, shorter)
+    if keep_pair:
+        shares = max(room - counts[1], 0), counts[1]
     spans = []
     for text, (count, share) in enumerate(zip(counts, shares, strict=True)):
         if count > share:

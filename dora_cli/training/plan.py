@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_cli.adapters.base import AdapterLayer, linear_shape
+from dora_cli.data.tasks.ner import Ner
 from dora_cli.training.memory import NoEstimate, estimate
 from dora_cli.training.optim import warmup_steps
 from dora_cli.training.setup import Session
@@ -63,17 +64,29 @@ def _examples(session: Session) -> dict[str, str]:
     lines = {}
     for number in range(min(2, len(encoded))):
         example = encoded[number]
-        ids = example["input_ids"].tolist()
-        learned = [label >= 0 for label in example["labels"].tolist()] if "labels" in encoded.ragged else None
-        words = session.tokenizer.convert_ids_to_tokens(ids)
-        if learned is not None:
-            words = [f"[{word}]" if learns else word for word, learns in zip(words, learned, strict=True)]
-        shown = " ".join(words[:EXAMPLE_TOKENS])
-        more = f" … and {len(words) - EXAMPLE_TOKENS:,} more" if len(words) > EXAMPLE_TOKENS else ""
-        facts = [f"{len(ids):,} tokens" + (f", {sum(learned):,} learned (in brackets)" if learned else "")]
+        words = session.tokenizer.convert_ids_to_tokens(example["input_ids"].tolist())
+        facts = [f"{len(words):,} tokens"]
+        if "labels" in encoded.ragged:
+            labels = example["labels"].tolist()
+            tags = session.task.labels if isinstance(session.task, Ner) else None  # else a token is its own label
+            facts[0] += f", {sum(label >= 0 for label in labels):,} learned (in brackets)"
+            words = [_marked(word, label, tags) for word, label in zip(words, labels, strict=True)]
         facts += [f"{name} {example[name].tolist()}" for name in encoded.scalars]
-        lines[f"row {encoded.place(number) + 1}"] = f"{'; '.join(facts)}\n{shown}{more}"
+        parts = encoded.parts(number)
+        texts = [_shortened(words[part], EXAMPLE_TOKENS // len(parts)) for part in parts]
+        lines[f"row {encoded.place(number) + 1}"] = "\n".join(["; ".join(facts), *texts])
     return lines
+
+
+def _marked(word: str, label: int, tags: list[str] | None) -> str:
+    """A token, in brackets where it is learned, with its tag where tags are what is learned."""
+    if label < 0:
+        return word
+    return f"[{word}]" if tags is None else f"[{word} {tags[label]}]"
+
+
+def _shortened(words: list[str], most: int) -> str:
+    return " ".join(words[:most]) + (f" … and {len(words) - most:,} more" if len(words) > most else "")
 
 
 def _model(session: Session) -> dict[str, str]:

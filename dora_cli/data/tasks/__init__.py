@@ -8,6 +8,8 @@ from dora_cli.registry import load
 TASKS = {
     "classification": "dora_cli.data.tasks.classification:Classification",
     "regression": "dora_cli.data.tasks.regression:Regression",
+    "ner": "dora_cli.data.tasks.ner:Ner",
+    "multiple_choice": "dora_cli.data.tasks.multiple_choice:MultipleChoice",
     "sft": "dora_cli.data.tasks.sft:Sft",
     "clm": "dora_cli.data.tasks.clm:Clm",
 }

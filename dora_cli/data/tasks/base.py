@@ -41,9 +41,10 @@ class Task(Protocol):
 
     Attributes:
         name: its value of ``data.task``.
-        kind: of outputs, which decides what scores them (``evaluation.SCORERS``): ``labels`` or ``tokens``.
+        kind: of outputs, which decides what scores them (``evaluation.SCORERS``): ``labels``, ``tags`` or
+            ``tokens``.
         auto_class: transformers' class for the model.
-        peft_task_type: the same in PEFT's words, for ``adapter_config.json``.
+        peft_task_type: the same in PEFT's words, for ``adapter_config.json``; ``None`` where it has none.
         metric_names: what to report; the first chooses the best checkpoint.
         higher_is_better: of the first metric.
     """
@@ -51,7 +52,7 @@ class Task(Protocol):
     name: str
     kind: str
     auto_class: str
-    peft_task_type: str
+    peft_task_type: str | None
     metric_names: list[str]
 
     @property
