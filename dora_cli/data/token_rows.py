@@ -15,7 +15,7 @@ from dora_cli.data.encoded import Encoded
 from dora_cli.errors import UserError
 
 IGNORED = -100  # the label of a token that is read but not learned
-FORMAT = 1  # of what is cached: raise it when the same rows become other tokens
+FORMAT = 2  # of what is cached: raise it when the same rows become other tokens
 
 
 class TokenRows:
@@ -33,6 +33,7 @@ class TokenRows:
         self.truncated = 0
         self.unlearnable = 0  # rows without a token to learn, which are left out
         self.rewritten = 0  # conversations that became several rows
+        self.unopened = 0  # conversations with a turn without the thought that the chat template begins
 
     def add(self, tokens: Iterable[int], learned: Iterable[bool], place: int) -> None:
         """One row: its tokens, which of them are learned, and its number in the split."""
@@ -57,7 +58,7 @@ class TokenRows:
             "labels": torch.from_numpy(np.concatenate(self.labels or none)),
             "offsets": torch.tensor([0, *map(len, self.tokens)]).cumsum(0),
             "places": torch.tensor(self.places, dtype=torch.int64),
-            "counts": torch.tensor([self.truncated, self.unlearnable, self.rewritten]),
+            "counts": torch.tensor([self.truncated, self.unlearnable, self.rewritten, self.unopened]),
         }
 
 
@@ -94,7 +95,7 @@ def encoded_rows(
             f"no row of this split has anything to learn within data.max_length={max_length} tokens",
             hint="raise data.max_length, or look at the prompts",
         )
-    truncated, unlearnable, rewritten = made["counts"].tolist()
+    truncated, unlearnable, rewritten, unopened = made["counts"].tolist()
     notes = []
     if unlearnable:
         notes.append(f"{unlearnable:,} rows left out: nothing to learn within {max_length:,} tokens")
@@ -102,6 +103,11 @@ def encoded_rows(
         notes.append(
             f"{rewritten:,} conversations became a row for each assistant turn, since the chat template writes "
             "earlier turns anew"
+        )
+    if unopened:
+        notes.append(
+            f"{unopened:,} conversations answer without the thought that the chat template begins for the model: "
+            "learned is the turn as it stands, so prompt the model without it too"
         )
     places = made["places"].tolist()
     named = rows.with_format(None)[names][:]

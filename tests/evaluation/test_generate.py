@@ -1,12 +1,13 @@
 """Where an answer begins, what counts of it, and where it ends."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dora_cli.data.token_rows import IGNORED
-from dora_cli.evaluation.generate import _cut, answer, last_turn
+from dora_cli.evaluation.generate import _cut, answer, last_turn, turn_ends
 
 
 def test_the_last_learned_stretch_and_all_before_it() -> None:
@@ -42,3 +43,11 @@ def test_nothing_behind_the_end_is_kept() -> None:
     assert _cut([5, 6, 2, 0, 0], [2]) == [5, 6]
     assert _cut([5, 6, 7], [2]) == [5, 6, 7]
     assert _cut([2], [2, 3]) == []
+
+
+def test_a_turn_ends_at_its_last_token_where_that_is_a_special_one() -> None:
+    """A turn that was cut, or ends in a word, says nothing of where to end."""
+    tokenizer = SimpleNamespace(added_tokens_decoder={2: "</s>", 4: "<|im_end|>", 7: "<|eot|>"})
+    turns = [torch.tensor(turn) for turn in ([11, 4], [12, 13], [7, 12, 4], [2])]
+    assert turn_ends(tokenizer, turns) == {4, 2}
+    assert turn_ends(tokenizer, []) == set()

@@ -1,5 +1,6 @@
 """Rows as people have them (messages, prompt and completion, instruction and output) made into one: a conversation."""
 
+import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any
 from dora_cli.errors import UserError
 
 Message = dict[str, str]  # role, content
+
+OPENED = re.compile(r"<\w+>\s*\Z")  # a thought that some templates begin for the model (DeepSeek-R1, QwQ): <think>
 
 # Which columns a row may have; the first shape of which the needed ones are there is taken.
 SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -106,6 +109,7 @@ class Chat:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.rewrites = 0  # conversations that became several passages
+        self.unopened = 0  # conversations with a turn that lacks the thought which the template begins for the model
 
     def passages(self, messages: list[Message]) -> list[Passage]:
         """
@@ -114,12 +118,16 @@ class Chat:
         """
         full = self._text(messages)
         turns: list[tuple[str, int]] = []  # the conversation up to a turn of the assistant, and where that turn begins
+        unopened = False
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 before, after = self._text(messages[:i], prompt=True), self._text(messages[: i + 1])
                 if not after.startswith(before):
+                    before, unopened = OPENED.sub("", before), True
+                if not after.startswith(before):
                     raise BadRow("is rendered by the chat template in a way that hides where an assistant turn begins")
                 turns.append((after, len(before)))
+        self.unopened += unopened
         if all(full.startswith(after) for after, _ in turns):
             return [Passage(full, tuple((start, len(after.rstrip())) for after, start in turns), whole=False)]
         self.rewrites += 1

@@ -98,7 +98,8 @@ class Sft(CausalTask):
                 _tokenize(waiting, tokenizer, gathered)
                 waiting = []
         _tokenize(waiting, tokenizer, gathered)
-        gathered.rewritten = chat.rewrites if chat is not None else 0
+        if chat is not None:
+            gathered.rewritten, gathered.unopened = chat.rewrites, chat.unopened
         return gathered
 
     def _uses_chat(self, tokenizer: Any) -> bool:
