@@ -33,7 +33,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    task: str = key("classification", "kind of task: classification, regression, sft or clm")
+    task: str = key("classification", "kind of task: classification, regression, ner, multiple_choice, sft or clm")
     name: str | None = key(None, "data set on the hub")
     config: str | None = key(None, "configuration of the hub data set, e.g. sst2 of glue")
     path: str | None = key(None, "file or folder (jsonl, json, csv, tsv, parquet, save_to_disk); beats data.name")
@@ -42,7 +42,7 @@ class DataConfig:
     )
     columns: dict[str, str | None] = key({}, "role → column, e.g. text: sentence; null: not used")
     template: str | None = key(None, "the prompt of an sft row, e.g. 'Question: {question}\nAnswer: '; null: see docs")
-    labels: list[str] | None = key(None, "the labels in order; null reads them from the data")
+    labels: list[str] | None = key(None, "the labels (of ner the tags) in order; null reads them from the data")
     metrics: list[str] = key([], "metrics to report; the first chooses the best checkpoint; empty: the task's own")
     max_length: int = key(128, "longest input in tokens", low=1)
     answer: str | None = key(

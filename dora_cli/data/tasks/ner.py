@@ -98,9 +98,9 @@ class Ner:
             numbers = (np.array(self._numbers(row, names)) for row in tags)
             made += _tagged(sentences, numbers, tokenizer, self.config.max_length)
         lost, unread = sum(row.lost for row in made), sum(row.unread for row in made)
-        notes = []
+        notes, most = [], self.config.max_length
         if lost:
-            notes.append(f"{lost:,} words lost behind data.max_length={self.config.max_length} tokens: neither learned nor scored")
+            notes.append(f"{lost:,} words lost behind data.max_length={most} tokens: neither learned nor scored")
         if unread:
             notes.append(f"{unread:,} words of which the tokenizer makes nothing: read as its unknown token")
         return Encoded(
