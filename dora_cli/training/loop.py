@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dora_cli.allocation.verdict import Verdict
+from dora_cli.data.choices import CHOICES
 from dora_cli.errors import UserError
 from dora_cli.modes import autocast, evaluating
 from dora_cli.training.optim import optimizer_step
@@ -229,8 +230,8 @@ class _Meter:
         self.samples_before, self.seconds_before = progress.samples, progress.seconds
 
     def count(self, batch: dict[str, Tensor]) -> None:
-        """Rows and real tokens of a batch that is still on the CPU."""
-        self.progress.samples += len(batch["input_ids"])
+        """Rows (a question is one, however many choices it has) and real tokens of a batch still on the CPU."""
+        self.progress.samples += len(batch.get(CHOICES, batch["input_ids"]))
         self.progress.tokens += int(batch["attention_mask"].sum())
 
     def step(self, loss: Tensor, norm: Tensor, trained: int, verdict: Verdict) -> None:

@@ -75,6 +75,7 @@ def test_it_learns_and_adapted_merged_and_pefts_logits_agree(
     assert dora_train(f"recipe={recipe}", f"data.path={data}", *METHOD, *STEPS) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert sum(summary["ranks"].values()) == 24  # two for each of twelve modules
+    assert summary["train"]["samples"] == 30 * 8, "a question is one, whatever its choices"
     metrics = summary["metrics"]["validation"]
     assert metrics["accuracy"] > {"ner": 0.6, "multiple_choice": 0.75}[recipe]  # by chance 0.5 and 0.35
     assert json.loads((run / "adapter/adapter_config.json").read_text())["task_type"] == task_type

@@ -102,8 +102,9 @@ class MultipleChoice:
         except NoRoom as error:
             place = next(i for i, end in enumerate(accumulate(counts)) if error.row < end)
             number = error.row - sum(counts[:place]) + 1
+            what = "with what text_pair puts before it" if "text_pair" in self.columns else "by itself"
             raise UserError(
-                f"choice {number} of a row is longer than data.max_length={self.config.max_length} tokens by itself",
+                f"choice {number} of a row is longer than data.max_length={self.config.max_length} tokens {what}",
                 where=f"row {rows[place][ROW] + 1}",
                 hint="raise data.max_length, or shorten the choice: only the text before the choices is cut",
             ) from error
@@ -202,5 +203,6 @@ def _listed(value: Any) -> tuple[list[Any], list[Any] | None]:
         names = value.get("label")
         return value["text"], names if isinstance(names, list) and len(names) == len(value["text"]) else None
     if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        return [item.get("text") for item in value], [item.get("label") for item in value]
+        names = [item.get("label") for item in value]
+        return [item.get("text") for item in value], None if None in names else names
     return (value, None) if isinstance(value, list) else ([], None)
