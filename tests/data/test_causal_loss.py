@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_cli.data.tasks import build_task
-from dora_cli.data.tasks.causal import TokenLoss
+from dora_cli.data.tasks.token_task import TokenLoss
 from dora_cli.data.token_rows import IGNORED
 
 
