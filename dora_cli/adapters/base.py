@@ -340,5 +340,5 @@ class LowRankLayer(AdapterLayer):
 
 
 def uniform(rows: int, columns: int, bound: float, like: Tensor) -> Tensor:
-    """U(−bound, bound) of shape (rows, columns), float32 on the device of ``like``; drawn on the CPU: the same everywhere."""
+    """U(−bound, bound), (rows, columns), float32, for the device of ``like``; drawn on the CPU, the same everywhere."""
     return torch.empty(rows, columns).uniform_(-bound, bound).to(like.device)

@@ -17,7 +17,8 @@ class Encoded:
     """A data set of token rows.
 
     ``encoded[i]`` is one example: every ragged column as a tensor of shape ``(s_i,)``, every scalar column as a tensor
-    without dimensions. Notation: ``N`` rows, ``s_i`` tokens of row i, ``n`` rows and ``s`` tokens of a batch.
+    without dimensions. Notation: ``N`` rows, ``s_i`` tokens of row i, ``n`` rows and ``s`` tokens of a batch, ``t``
+    tokens of its targets.
 
     Attributes:
         ragged: name → all rows of a column end to end, shape ``(Σ s_i,)``, int32; one of them is ``input_ids``.
@@ -29,6 +30,8 @@ class Encoded:
         truncated: rows that were longer than allowed and lost their end.
         places: for every row its number in the split, where rows were left out; ``None`` where all are there.
         notes: sentences for the plan on what was left out, and why.
+        target: of an encoder-decoder, what is to be written of every row: its one column is ``labels``.
+        references: of every row what its prediction is compared with, where its tokens do not hold all of it.
     """
 
     ragged: dict[str, Tensor]
@@ -40,6 +43,8 @@ class Encoded:
     truncated: int = 0
     places: list[int] | None = None
     notes: list[str] = field(default_factory=list)
+    target: "Encoded | None" = None
+    references: Sequence[Any] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -47,7 +52,8 @@ class Encoded:
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         start, end = self.offsets[index], self.offsets[index + 1]
         example = {name: values[start:end] for name, values in self.ragged.items()}
-        return example | {name: values[index] for name, values in self.scalars.items()}
+        example |= {name: values[index] for name, values in self.scalars.items()}
+        return example if self.target is None else example | self.target[index]
 
     def place(self, row: int) -> int:
         """The number of a row in the split that it was read from."""
@@ -55,12 +61,20 @@ class Encoded:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of every row, shape ``(N,)``."""
-        return self.offsets[1:] - self.offsets[:-1]
+        """Tokens of every row, its target's among them, shape ``(N,)``."""
+        own = self.offsets[1:] - self.offsets[:-1]
+        return own if self.target is None else own + self.target.lengths
+
+    def longest(self, n: int) -> list[int]:
+        """``n`` row numbers, repeated, whose batch is as large as any of ``n`` rows."""
+        rows = [int(self.lengths.argmax())] * n
+        if self.target is not None and n > 1:  # the longest text need not have the longest target
+            rows[:2] = int(self.offsets.diff().argmax()), int(self.target.lengths.argmax())
+        return rows
 
     def parts(self, row: int) -> list[slice]:
         """Of the tokens of ``self[row]``, those that the model reads together."""
-        return [slice(0, int(self.lengths[row]))]
+        return [slice(0, int(self.offsets[row + 1] - self.offsets[row]))]
 
     def select(self, rows: Sequence[int]) -> "Encoded":
         """These rows alone, in this order."""
@@ -72,6 +86,8 @@ class Encoded:
             scalars={name: values[torch.tensor(rows)] for name, values in self.scalars.items()},
             ids=[self.ids[i] for i in rows] if self.ids else [],
             places=[self.place(i) for i in rows],
+            target=None if self.target is None else self.target.select(rows),
+            references=[self.references[i] for i in rows] if len(self.references) else (),
         )
 
     def fingerprint(self) -> str:
@@ -81,6 +97,8 @@ class Encoded:
             digest.update(name.encode() + values.contiguous().numpy().tobytes())
         for values in (self.offsets, *(values for _, values in sorted(self.ragged.items()))):
             digest.update(values[:: len(values) // LOOKS + 1].contiguous().numpy().tobytes())
+        if self.target is not None:
+            digest.update(self.target.fingerprint().encode())
         return digest.hexdigest()
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -88,10 +106,15 @@ class Encoded:
 
         Returns:
             Every ragged column and ``attention_mask`` (1 for tokens, 0 for padding), shape ``(n, s)``, int64; every
-            scalar column, shape ``(n,)``.
+            scalar column, shape ``(n,)``. With a target also its ``labels`` and ``decoder_attention_mask``, shape
+            ``(n, t)``.
         """
         index = np.asarray(rows, dtype=np.int64)
-        return self._padded(self.offsets, index) | self._scalars(index)
+        batch = self._padded(self.offsets, index) | self._scalars(index)
+        if self.target is not None:
+            target = self.target.batch(rows)
+            batch |= {"decoder_attention_mask": target.pop("attention_mask"), **target}
+        return batch
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """What a ``DataLoader`` asks for: a whole batch at once."""

@@ -40,6 +40,7 @@ def tokenize(
     scalars: dict[str, Tensor],
     cache: Path | None = None,
     keep_pairs: bool = False,
+    key: str = "data.max_length",
 ) -> Encoded:
     """Tokenise texts, or pairs of texts, with the tokenizer's special tokens.
 
@@ -55,12 +56,13 @@ def tokenize(
         cache: where the tokens of large sets are kept for the next run; ``None``: nowhere. What a tokenizer that is
             written in Python does cannot be put into a key: its tokens are not kept.
         keep_pairs: a row loses tokens from its first text alone.
+        key: what sets ``max_length``, for messages.
 
     Raises:
         UserError: ``max_length`` leaves no room beside the special tokens.
         NoRoom: a second text that is to be kept is longer than that.
     """
-    special = check_room(tokenizer, max_length, pair=pairs is not None)
+    special = check_room(tokenizer, max_length, pair=pairs is not None, key=key)
     if pairs is not None and special == tokenizer.num_special_tokens_to_add(pair=False):
         texts = [f"{text}\n" for text in texts]
     pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
@@ -79,7 +81,7 @@ def tokenize(
     )
 
 
-def check_room(tokenizer: Any, max_length: int, *, pair: bool = False) -> int:
+def check_room(tokenizer: Any, max_length: int, *, pair: bool = False, key: str = "data.max_length") -> int:
     """How many special tokens go to a row of one text, or of a pair.
 
     Raises:
@@ -88,9 +90,9 @@ def check_room(tokenizer: Any, max_length: int, *, pair: bool = False) -> int:
     special: int = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length <= special + pair:
         raise UserError(
-            f"data.max_length={max_length} leaves no room for text",
+            f"{key}={max_length} leaves no room for text",
             where=f"the tokenizer adds {special} special tokens to a row",
-            hint="raise data.max_length",
+            hint=f"raise {key}",
         )
     return special
 

@@ -230,9 +230,9 @@ class _Meter:
         self.samples_before, self.seconds_before = progress.samples, progress.seconds
 
     def count(self, batch: dict[str, Tensor]) -> None:
-        """Rows (a question is one, however many choices it has) and real tokens of a batch still on the CPU."""
+        """Rows (a question is one, however many choices it has) and real tokens, read and to be written; on the CPU."""
         self.progress.samples += len(batch.get(CHOICES, batch["input_ids"]))
-        self.progress.tokens += int(batch["attention_mask"].sum())
+        self.progress.tokens += sum(int(mask.sum()) for name, mask in batch.items() if name.endswith("attention_mask"))
 
     def step(self, loss: Tensor, norm: Tensor, trained: int, verdict: Verdict) -> None:
         """A step of ``trained`` parameters is over; it counts as taken until :meth:`skipped` has looked."""

@@ -159,13 +159,13 @@ def unread_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _largest(session: Session, roles: list[str]) -> Batch:
-    """As many copies of the longest row of these splits as a batch has: as large as batches get."""
+    """Copies of the longest rows of these splits, as many as a batch has: as large as batches get."""
     config = session.config.train
     largest: Batch = {}
     for role in roles:
         encoded = session.encoded[role]
         size = min(config.batch_size if role == "train" else config.eval_batch_size, len(encoded))
-        batch = encoded.batch([int(encoded.lengths.argmax())] * size)
+        batch = encoded.batch(encoded.longest(size))
         if not largest or batch["input_ids"].numel() > largest["input_ids"].numel():
             largest = batch
     return largest

@@ -41,7 +41,8 @@ def passes(
 def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     """Which positions (n, s) of a batch are real: no padding, and where each token has a label, those that count."""
     real, labels = batch["attention_mask"].bool(), batch.get("labels")
-    per_token = labels is not None and labels.shape == real.shape
+    beside = "decoder_attention_mask" in batch  # labels of what is to be written, not of what is read
+    per_token = labels is not None and labels.shape == real.shape and not beside
     return real & (labels != IGNORED) if per_token else real
 
 
