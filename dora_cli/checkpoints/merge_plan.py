@@ -62,7 +62,9 @@ def _require_fit(adapter: AdapterFile, base: Base, sources: Mapping[str, Entry])
         if sources[name].shape != new.shape:
             raise _misfit(base, sources[name], new.shape)
     touched = [f"{module}.weight" for module in adapter.modules]
-    for name in (*touched, *adapter.replaced, *(name for name in adapter.head if name in sources)):
+    # A tensor that is both embeddings and is replaced whole is still both; stored twice it would be one of them.
+    replaced = [name for name in adapter.replaced if len(_alike(base, sources[name])) > 1]
+    for name in (*touched, *replaced, *(name for name in adapter.head if name in sources)):
         if _tied(adapter, base, sources[name]):
             raise UserError(
                 f"'{name}' is both the input and the output embedding of {base.folder}",
@@ -86,8 +88,12 @@ def _tied(adapter: AdapterFile, base: Base, entry: Entry) -> bool:
     flag = base.config.get("tie_word_embeddings")
     if has_task_head(name) or bare or flag is False or entry.shape[:1] != (base.config.get("vocab_size"),):
         return False
-    alike = [other for other in base.entries.values() if other.shape == entry.shape]
-    return flag is True or len(alike) == 1
+    return flag is True or len(_alike(base, entry)) == 1
+
+
+def _alike(base: Base, entry: Entry) -> list[Entry]:
+    """The base's tensors of this one's shape, itself among them."""
+    return [other for other in base.entries.values() if other.shape == entry.shape]
 
 
 def _pretraining_head(adapter: AdapterFile, base: Base, names: Mapping[str, Entry], prefix: str | None) -> set[str]:

@@ -213,6 +213,16 @@ def test_a_causal_model_keeps_its_tied_embedding(make_case: MakeCase, tmp_path: 
     torch.testing.assert_close(case.logits(merged), case.logits(base), rtol=0, atol=1e-5)
 
 
+def test_a_tied_embedding_that_was_trained_in_full_is_still_both(make_case: MakeCase, tmp_path: Path) -> None:
+    case, trained = make_case("gpt2"), torch.randn(60, 16)
+    options: dict[str, Any] = {"head_modules": [], "base_name": str(case.base), "task_type": "CAUSAL_LM"}
+    method = {"base_model_prefix": "transformer", "architecture": "GPT2LMHeadModel"}
+    write_full(tmp_path / "adapter", {"transformer.wte.weight": trained}, method=method, **options)
+    merge(tmp_path / "adapter", tmp_path / "out")
+    merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    assert merged.lm_head.weight is merged.transformer.wte.weight and torch.equal(merged.lm_head.weight, trained)
+
+
 @pytest.mark.usefixtures("unlisted")
 def test_square_conv1d_weights_follow_the_others_of_their_kind(make_case: MakeCase, tmp_path: Path) -> None:
     case = make_case("gpt2")
