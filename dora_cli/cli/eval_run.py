@@ -23,6 +23,7 @@ from dora_cli.errors import UserError
 from dora_cli.evaluation.predict import evaluate
 from dora_cli.models.load import load_model
 from dora_cli.reporting.events import jsonable
+from dora_cli.reporting.terminal import counting
 from dora_cli.training.setup import autocast_dtype, pick_device
 
 NAMED = ("classification", "ner")  # tasks whose labels the head has in its order
@@ -59,15 +60,19 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
     model, tokenizer = _load(own, folder, adapter, config, task)
     device = pick_device(config.train.device)
     encoded = task.encode(rows.splits[split], tokenizer)
-    result = evaluate(
-        model.to(device),
-        task,
-        encoded,
-        device=device,
-        batch_size=config.train.eval_batch_size,
-        autocast_dtype=autocast_dtype(config.train.precision),
-        keep_predictions=True,
-    )
+    with counting(f"{split}, rows", len(encoded)) as advance:
+        result = evaluate(
+            model.to(device),
+            task,
+            encoded,
+            device=device,
+            batch_size=config.train.eval_batch_size,
+            autocast_dtype=autocast_dtype(config.train.precision),
+            keep_predictions=True,
+            advance=advance,
+        )
+    if encoded.truncated:
+        print(f"{split}: {encoded.truncated:,} rows were longer than data.max_length={data.max_length} tokens")
     for note in encoded.notes:
         print(f"{split}: {note}")
     _write(own, folder, split, result.metrics, result.predictions or [], data)
@@ -131,6 +136,7 @@ def _load(
         auto_class=task.auto_class,
         offline=config.offline,
         max_length=config.data.max_length,
+        max_target_length=config.data.max_target_length,
         **task.model_kwargs(),
     )
     if adapter is None and loaded.missing:

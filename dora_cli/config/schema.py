@@ -33,7 +33,10 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    task: str = key("classification", "kind of task: classification, regression, ner, multiple_choice, sft or clm")
+    task: str = key(
+        "classification",
+        "kind of task: classification, regression, ner, multiple_choice, sft, clm or summarization",
+    )
     name: str | None = key(None, "data set on the hub")
     config: str | None = key(None, "configuration of the hub data set, e.g. sst2 of glue")
     path: str | None = key(None, "file or folder (jsonl, json, csv, tsv, parquet, save_to_disk); beats data.name")
@@ -41,14 +44,28 @@ class DataConfig:
         {}, "role → split or file, e.g. validation: dev; further roles are evaluated too"
     )
     columns: dict[str, str | None] = key({}, "role → column, e.g. text: sentence; null: not used")
-    template: str | None = key(None, "the prompt of an sft row, e.g. 'Question: {question}\nAnswer: '; null: see docs")
+    template: str | None = key(
+        None,
+        "the prompt of an sft row, e.g. 'Question: {question}\nAnswer: ', or what is summarised, e.g. "
+        "'summarize: {document}'; null: see docs",
+    )
     labels: list[str] | None = key(None, "the labels (of ner the tags) in order; null reads them from the data")
     metrics: list[str] = key([], "metrics to report; the first chooses the best checkpoint; empty: the task's own")
     max_length: int = key(128, "longest input in tokens", low=1)
+    max_target_length: int | None = key(
+        None, "of summarization: longest summary that is learned, in tokens; null: data.max_length", low=1
+    )
     answer: str | None = key(
         None, "regular expression for what counts of an answer that is written (exact_match); null: all of it"
     )
     max_new_tokens: int = key(256, "longest answer that is written, in tokens", low=1)
+    num_beams: int | None = key(None, "of sft and summarization: beams of the search when writing; null: 1", low=1)
+    length_penalty: float | None = key(
+        None, "of sft and summarization, with beams: above 0 favours long texts, below 0 short ones; null: 1"
+    )
+    no_repeat_ngram_size: int | None = key(
+        None, "of summarization: no run of so many tokens is written twice; null: any may be", low=1
+    )
     packing: bool = key(False, "of sft and clm: fill training rows with several documents, which do not see each other")
     max_train_samples: int | None = key(None, "use only the first N training rows after a seeded shuffle", low=1)
     max_eval_samples: int | None = key(None, "use only the first N rows of each evaluation split", low=1)

@@ -10,10 +10,12 @@ METRICS = CLASSIFICATION | REGRESSION
 TAGS = ("f1", "precision", "recall", "accuracy")  # of words: of the entities that they make, but for the last
 TOKENS = ("perplexity", "token_accuracy")  # of language models, where the loss is measured
 WRITTEN = ("exact_match",)  # of what they write by themselves, which takes much longer
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")  # of summaries that they write
 
 # What a task's ``kind`` says about its outputs → what scores them.
 SCORERS = {
     "labels": "dora_cli.evaluation.scorers:LabelScorer",
     "tags": "dora_cli.evaluation.tags:TagScorer",
     "tokens": "dora_cli.evaluation.scorers:TokenScorer",
+    "summaries": "dora_cli.evaluation.summaries:SummaryScorer",
 }

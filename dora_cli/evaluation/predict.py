@@ -1,5 +1,6 @@
 """Runs a model over a split: loss, metrics, and on request what it said to every row."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ def evaluate(
     batch_size: int,
     autocast_dtype: torch.dtype | None = None,
     keep_predictions: bool = False,
+    advance: Callable[[int], object] = lambda rows: None,
 ) -> EvalResult:
     """Measure a model on a split, without gradients, dropout or random numbers; its training mode is restored.
 
@@ -43,19 +45,22 @@ def evaluate(
         batch_size: rows per batch; the results do not depend on it, but for rounding.
         autocast_dtype: ``torch.bfloat16`` for mixed precision; ``None`` for the weights' own.
         keep_predictions: also return what the model said to every row (a few values a row are kept, never the logits).
+        advance: called after every batch with the number of its rows.
     """
     scorer = build_scorer(task, keep=keep_predictions)
     device = torch.device(device)
     plan = sequential_batches(encoded.lengths, batch_size)
     losses: list[Tensor] = []  # one number a batch, read at the end: no waiting for the device in between
     count: int | Tensor = 0
+    compares = len(encoded.references) > 0
     with evaluating(model), torch.no_grad(), autocast(device, autocast_dtype):
-        for batch in batches(encoded, plan, pin=device.type == "cuda"):
+        for rows, batch in zip(plan, batches(encoded, plan, pin=device.type == "cuda"), strict=True):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             total, n, outputs = task.loss(model, batch)
-            scorer.update(model, outputs, batch)
+            scorer.update(model, outputs, batch, [encoded.references[i] for i in rows] if compares else ())
             losses.append(total)
             count = count + n
+            advance(len(rows))
     values = {"loss": torch.stack(losses).cpu().double().sum().item() / max(int(count), 1), **scorer.metrics()}
     if not keep_predictions:
         return EvalResult(values)

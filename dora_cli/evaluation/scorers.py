@@ -1,6 +1,7 @@
 """What an evaluation adds up of a task's outputs, batch by batch, and what it remembers of every row."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from dora_cli.data.tasks.base import Task
 from dora_cli.errors import UserError
 from dora_cli.evaluation import SCORERS, TOKENS, WRITTEN
-from dora_cli.evaluation.generate import answer, generate, last_turn, turn_ends
+from dora_cli.evaluation.generate import answer, generate, last_turn, search, turn_ends
 from dora_cli.evaluation.metrics import build_metrics
 from dora_cli.registry import load
 
@@ -17,8 +18,8 @@ from dora_cli.registry import load
 class Scorer(Protocol):
     """One evaluation of one split."""
 
-    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor]) -> None:
-        """Take in a batch: what ``Task.loss`` gave with this model, and what it was given."""
+    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor], references: Sequence[Any] = ()) -> None:
+        """Take in a batch: what ``Task.loss`` gave with this model, what it was given, and ``Encoded.references``."""
 
     def metrics(self) -> dict[str, float]:
         """The task's metrics of everything taken in, by name."""
@@ -50,7 +51,7 @@ class LabelScorer:
         self.predicted: list[Tensor] = []
         self.expected: list[Tensor] = []
 
-    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor]) -> None:
+    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor], references: Sequence[Any] = ()) -> None:
         prediction, reference = self.task.predict(outputs), self.task.reference(batch)
         self.set.update(prediction, reference)
         if self.keep:
@@ -72,23 +73,26 @@ class TokenScorer:
     rows of which the model, given all before the last learned stretch, writes what ``data.answer`` finds in it.
     """
 
+    written: tuple[str, ...] = WRITTEN  # the metrics for which the model has to write
+
     def __init__(self, task: Any, keep: bool) -> None:
-        unknown = [name for name in task.metric_names if name not in (*TOKENS, *WRITTEN, "loss")]
+        known = (*TOKENS, *self.written)
+        unknown = [name for name in task.metric_names if name not in (*known, "loss")]
         if unknown:
             raise UserError(
                 f"data.metrics: '{unknown[0]}' is no metric of data.task={task.name}",
-                hint=f"choose from {', '.join((*TOKENS, *WRITTEN))}",
+                hint=f"choose from {', '.join(known)}",
             )
         self.task = task
         self.names = [name for name in task.metric_names if name != "loss"]
-        self.writes = bool(set(WRITTEN) & set(self.names))
+        self.writes = bool(set(self.written) & set(self.names))
         self.rows: list[Tensor] = []
         self.texts: list[tuple[str, str]] = []  # what was written, and what should have been
 
-    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor]) -> None:
+    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor], references: Sequence[Any] = ()) -> None:
         self.rows.append(outputs.detach())
         if self.writes:
-            self._write(model, batch)
+            self._write(model, batch, references)
 
     def metrics(self) -> dict[str, float]:
         loss, count, right = torch.cat(self.rows).cpu().double().sum(0).tolist()
@@ -98,7 +102,7 @@ class TokenScorer:
             "token_accuracy": right / max(count, 1),
         }
         if self.writes:
-            values["exact_match"] = sum(self._matches(*texts) for texts in self.texts) / max(len(self.texts), 1)
+            values |= self._written_metrics()
         return {name: values[name] for name in self.names}
 
     def predictions(self) -> list[dict[str, Any]]:
@@ -112,7 +116,7 @@ class TokenScorer:
         texts = [{"prediction": said, "reference": meant} for said, meant in self.texts]
         return [{**text, **fact} for text, fact in zip(texts, facts, strict=True)]
 
-    def _write(self, model: Any, batch: dict[str, Tensor]) -> None:
+    def _write(self, model: Any, batch: dict[str, Tensor], references: Sequence[Any]) -> None:
         tokenizer = self.task.tokenizer
         real = batch["attention_mask"].bool()
         turns = [last_turn(batch["input_ids"][i][real[i]], batch["labels"][i][real[i]]) for i in range(len(real))]
@@ -121,10 +125,13 @@ class TokenScorer:
             tokenizer, [turn for (_, turn), is_whole in zip(turns, whole.tolist(), strict=True) if is_whole]
         )
         prompts, longest = [before for before, _ in turns], self.task.config.max_new_tokens
-        written = generate(model, tokenizer, prompts, longest, ends)
+        written = generate(model, tokenizer, prompts, longest, ends, search(self.task.config))
         for said, (_, meant) in zip(written, turns, strict=True):
             texts = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (said, meant.tolist()))
             self.texts.append((next(texts), next(texts)))
+
+    def _written_metrics(self) -> dict[str, float]:
+        return {"exact_match": sum(self._matches(*texts) for texts in self.texts) / max(len(self.texts), 1)}
 
     def _matches(self, said: str, meant: str) -> bool:
         pattern = self.task.answer_pattern

@@ -45,7 +45,13 @@ class LoadedModel:
 
 
 def load_model(
-    config: ModelChoice, *, auto_class: str, offline: bool, max_length: int | None = None, **model_kwargs: Any
+    config: ModelChoice,
+    *,
+    auto_class: str,
+    offline: bool,
+    max_length: int | None = None,
+    max_target_length: int | None = None,
+    **model_kwargs: Any,
 ) -> LoadedModel:
     """Load a model for a task, in float32, with its tokenizer.
 
@@ -57,6 +63,7 @@ def load_model(
         auto_class: name of transformers' class for the task, e.g. ``AutoModelForSequenceClassification``.
         offline: read local folders and the hub's cache only; nothing reaches for the network.
         max_length: the longest input that will be given, in tokens; checked against the learned positions.
+        max_target_length: the longest text that a decoder will be given, likewise; ``None``: no longer than that.
         model_kwargs: what the task adds to the model's configuration, e.g. ``num_labels``.
 
     Raises:
@@ -93,11 +100,12 @@ def load_model(
     _refuse_unfit(model, missing, config.name)
     _fit_tokenizer(model, tokenizer, config.name)
     window = position_limit(model)
-    if max_length is not None and window is not None and max_length > window:
-        raise UserError(
-            f"data.max_length={max_length} is more than the {window} positions of {config.name}",
-            hint=f"set data.max_length to {window} or less",
-        )
+    for key, length in (("data.max_length", max_length), ("data.max_target_length", max_target_length)):
+        if length is not None and window is not None and length > window:
+            raise UserError(
+                f"{key}={length} is more than the {window} positions of {config.name}",
+                hint=f"set {key} to {window} or less",
+            )
     return LoadedModel(model.eval(), tokenizer, missing, find_heads(model, missing), source)
 
 
@@ -140,9 +148,15 @@ def position_limit(model: Any) -> int | None:
 def _require_class(auto: Any, auto_class: str, settings: Any, name: str) -> None:
     if type(settings) not in auto._model_mapping and auto_class not in (getattr(settings, "auto_map", None) or {}):
         task = auto_class.removeprefix("AutoModelFor")
+        such = " (an encoder-decoder such as BART or T5)" if task == "Seq2SeqLM" else ""
         raise UserError(
             f"model.name={name}: transformers has no {task} model of type '{settings.model_type}'",
-            hint="choose another model or another data.task",
+            hint=f"choose another model{such} or another data.task",
+        )
+    if auto_class == "AutoModelForCausalLM" and settings.is_encoder_decoder:
+        raise UserError(
+            f"model.name={name} is an encoder-decoder, of which a language model would be half",
+            hint="choose a decoder (Llama, Qwen, GPT-2, …), or data.task=summarization",
         )
 
 

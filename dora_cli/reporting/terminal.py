@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -51,6 +51,33 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Rich would end the process."""
         raise
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, which goes away at the end; nothing in a pipe.
+
+    Yields:
+        What is called with how many of ``total`` more are done.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = _Console(highlight=False)
+    bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
+    number = bar.add_task(what, total=total)
+
+    def advance(done: int) -> None:
+        with to_whoever_looks():
+            bar.update(number, advance=done, refresh=True)
+
+    with to_whoever_looks():
+        bar.start()
+    try:
+        yield advance
+    finally:
+        with to_whoever_looks():
+            bar.stop()
 
 
 class View:

@@ -75,6 +75,10 @@ def _examples(session: Session) -> dict[str, str]:
         parts = encoded.parts(number)
         texts = [_shortened(words[part], EXAMPLE_TOKENS // len(parts)) for part in parts]
         lines[f"row {encoded.place(number) + 1}"] = "\n".join(["; ".join(facts), *texts])
+        if encoded.target is not None:
+            words = session.tokenizer.convert_ids_to_tokens(example["labels"].tolist())
+            text = _shortened([f"[{word}]" for word in words], EXAMPLE_TOKENS)
+            lines[f"→ row {encoded.place(number) + 1}"] = f"{len(words):,} tokens, learned (in brackets)\n{text}"
     return lines
 
 

@@ -170,6 +170,7 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         auto_class=task.auto_class,
         offline=config.offline,
         max_length=config.data.max_length,
+        max_target_length=config.data.max_target_length,
         **task.model_kwargs(),
     )
     model = loaded.model
@@ -272,6 +273,7 @@ def _packed(task: Task, model: nn.Module, encoded: Encoded, length: int) -> Enco
 
 def _checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward pass; transformers renamed the switch in 5.23."""
+    model.config.use_cache = False  # BART's encoder asks the configuration alone, and would say that this can't be
     new = getattr(model, "activation_checkpointing_enable", None)
     (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
 

@@ -12,9 +12,19 @@ TASKS = {
     "multiple_choice": "dora_cli.data.tasks.multiple_choice:MultipleChoice",
     "sft": "dora_cli.data.tasks.sft:Sft",
     "clm": "dora_cli.data.tasks.clm:Clm",
+    "summarization": "dora_cli.data.tasks.summarization:Summarization",
 }
 
-READ_BY = {"template": ("sft",), "answer": ("sft",), "packing": ("sft", "clm")}
+# Options that not every task reads; null and false leave them out.
+READ_BY = {
+    "template": ("sft", "summarization"),
+    "answer": ("sft",),
+    "packing": ("sft", "clm"),
+    "max_target_length": ("summarization",),
+    "num_beams": ("sft", "summarization"),
+    "length_penalty": ("sft", "summarization"),
+    "no_repeat_ngram_size": ("summarization",),  # elsewhere the prompt's tokens would count
+}
 
 LOWER_IS_BETTER = frozenset({"loss", "mse", "mae", "perplexity"})
 
@@ -31,7 +41,8 @@ def build_task(config: Any) -> Any:
         UserError: there is no such task, or it does not read an option that is set.
     """
     for option, tasks in READ_BY.items():
-        if getattr(config, option, None) and config.task in TASKS and config.task not in tasks:
+        value = getattr(config, option, None)
+        if value is not None and value is not False and config.task in TASKS and config.task not in tasks:
             raise UserError(
                 f"data.{option} is read by data.task={' and '.join(tasks)}, not by {config.task}",
                 hint=f"leave data.{option} out",

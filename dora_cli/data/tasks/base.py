@@ -19,6 +19,7 @@ class TaskChoice(Protocol):
     template: str | None
     answer: str | None
     max_new_tokens: int
+    max_target_length: int | None
 
     @property
     def columns(self) -> Mapping[str, str | None]: ...
@@ -41,8 +42,8 @@ class Task(Protocol):
 
     Attributes:
         name: its value of ``data.task``.
-        kind: of outputs, which decides what scores them (``evaluation.SCORERS``): ``labels``, ``tags`` or
-            ``tokens``.
+        kind: of outputs, which decides what scores them (``evaluation.SCORERS``): ``labels``, ``tags``,
+            ``tokens`` or ``summaries``.
         auto_class: transformers' class for the model.
         peft_task_type: the same in PEFT's words, for ``adapter_config.json``; ``None`` where it has none.
         metric_names: what to report; the first chooses the best checkpoint.
