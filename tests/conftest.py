@@ -79,3 +79,36 @@ def model_dir(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data_dir(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tiny.make_data(tmp_path_factory.mktemp("data"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_decoder() -> Callable[..., Path]:
+    """Save a small decoder with tied embeddings and a tokenizer of whole words, which lie between spaces."""
+
+    def save(
+        folder: Path, words: list[str], template: str | None, kind: str = "Llama", dtype: Any = torch.float32
+    ) -> Path:
+        import transformers
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        special = ["<pad>", "<unk>", "</s>", "<|im_start|>", "<|im_end|>"]
+        vocabulary = {word: i for i, word in enumerate([*special, *words])}
+        rust = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        rust.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=rust, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
+        )
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        torch.manual_seed(0)
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 4}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+        ids = {"vocab_size": len(vocabulary), "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None}
+        # Frozen words must differ, or nothing can be said.
+        made = getattr(transformers, f"{kind}Config")(**shape, **heads, **ids, initializer_range=0.4)
+        model = getattr(transformers, f"{kind}ForCausalLM")(made)
+        model.to(dtype).save_pretrained(folder)
+        return folder
+
+    return save

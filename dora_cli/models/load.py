@@ -29,7 +29,7 @@ class LoadedModel:
     """What ``load_model`` gives.
 
     Attributes:
-        model: float32, on the CPU, in evaluation mode, nothing frozen yet.
+        model: float32 unless asked for as it is stored, on the CPU, in evaluation mode, nothing frozen yet.
         tokenizer: always with a pad token.
         missing: names of the parameters that the checkpoint did not provide (another shape counts as not provided),
             in model order. They hold random numbers.
@@ -51,9 +51,10 @@ def load_model(
     offline: bool,
     max_length: int | None = None,
     max_target_length: int | None = None,
+    as_stored: bool = False,
     **model_kwargs: Any,
 ) -> LoadedModel:
-    """Load a model for a task, in float32, with its tokenizer.
+    """Load a model for a task, in float32 or as it is stored, with its tokenizer.
 
     New parameters are drawn from torch's global generator: seed it first. Weights are read from safetensors only, and
     no code that comes with the model is run unless ``config.trust_remote_code``.
@@ -64,6 +65,7 @@ def load_model(
         offline: read local folders and the hub's cache only; nothing reaches for the network.
         max_length: the longest input that will be given, in tokens; checked against the learned positions.
         max_target_length: the longest text that a decoder will be given, likewise; ``None``: no longer than that.
+        as_stored: keep the type in which the weights are stored: half the memory for a base that is frozen anyway.
         model_kwargs: what the task adds to the model's configuration, e.g. ``num_labels``.
 
     Raises:
@@ -89,7 +91,7 @@ def load_model(
             model, report = auto.from_pretrained(
                 source,
                 config=settings,
-                dtype=torch.float32,
+                dtype="auto" if as_stored else torch.float32,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -245,6 +247,12 @@ def _failures_named(name: str, source: str, offline: bool, kinds: tuple[type[Exc
     except kinds as error:
         if "trust_remote_code" in str(error):
             hint = "model.trust_remote_code=true runs the Python code that comes with the model: only if you trust it"
+        elif _is_gated(error):
+            raise UserError(
+                f"model.name={name}: its owner asks for a licence to be accepted, or the model is private",
+                where=_cause(error),
+                hint=f"ask for access at https://huggingface.co/{source}, then log in once with `hf auth login`",
+            ) from error
         elif Path(source).is_dir():
             hint = "configuration, tokenizer and weights must be whole, as transformers' save_pretrained() leaves them"
         elif offline:
@@ -252,6 +260,15 @@ def _failures_named(name: str, source: str, offline: bool, kinds: tuple[type[Exc
         else:
             hint = f"check the name and the connection; {PLACES}"
         raise UserError(f"model.name={name} can't be loaded", where=_cause(error), hint=hint) from error
+
+
+def _is_gated(error: BaseException | None) -> bool:
+    """Whether the hub said that access must be granted first; transformers wraps what its client raises."""
+    while error is not None:
+        if type(error).__name__ == "GatedRepoError" or "gated repo" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _cause(error: Exception) -> str:

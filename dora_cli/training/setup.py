@@ -32,6 +32,7 @@ from dora_cli.training.sizing import asked_budget, check_values, sized_targets
 from dora_cli.training.start import fill, passes
 
 Batch = dict[str, Tensor]
+ROUNDING = {None: 1e-4, torch.bfloat16: 5e-3}  # how far apart two ways to the same loss may come, as a share of it
 Begin = Callable[[dict[str, AdapterLayer], nn.Module], object]
 
 
@@ -171,12 +172,11 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         offline=config.offline,
         max_length=config.data.max_length,
         max_target_length=config.data.max_target_length,
+        as_stored=dtype is not None,
         **task.model_kwargs(),
     )
     model = loaded.model
     encoded = {role: task.encode(split, loaded.tokenizer) for role, split in rows.splits.items()}
-    if config.data.packing:
-        encoded["train"] = _packed(task, loaded.model, encoded["train"], config.data.max_length)
 
     model.requires_grad_(False)
     parts["adapter"].unfreeze(model, loaded.head_modules)
@@ -184,8 +184,10 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         model.get_submodule(name).requires_grad_(True)
     targets, ranks, target = sized_targets(composed, model, loaded.head_modules, budget)
     if dtype is not None:
-        _lower(model, dtype)
+        lower(model, dtype)
     model.to(device)
+    if config.data.packing:
+        encoded["train"] = _packed(model, task, encoded["train"], config.data.max_length, device, dtype)
     plan = LengthGroupedBatches(encoded["train"].lengths, config.train.batch_size, config.seed)
     start = getattr(parts["adapter"], "start", lambda: None)()
     asked = dict(zip(targets, ranks, strict=True))
@@ -249,7 +251,9 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
     )
 
 
-def _packed(task: Task, model: nn.Module, encoded: Encoded, length: int) -> Encoded:
+def _packed(
+    model: nn.Module, task: Task, encoded: Encoded, length: int, device: torch.device, dtype: torch.dtype | None
+) -> Encoded:
     """Several documents to a row, where this model keeps them apart: a row of two has to have the loss of both alone.
 
     Raises:
@@ -260,9 +264,12 @@ def _packed(task: Task, model: nn.Module, encoded: Encoded, length: int) -> Enco
     two = encoded.select(encoded.lengths.argsort(stable=True)[middle : middle + 2].tolist())  # of middling length
     if len(two) == 2:
         alone, together = two.batch([0, 1]), pack(two, int(two.lengths.sum())).batch([0])
-        with evaluating(model), torch.no_grad():
-            apart, packed_loss = (float(task.loss(model, batch).total) for batch in (alone, together))
-        if abs(apart - packed_loss) > 1e-4 * max(1.0, abs(apart)):
+        with evaluating(model), torch.no_grad(), autocast(device, dtype):
+            apart, packed_loss = (
+                float(task.loss(model, {k: v.to(device) for k, v in batch.items()}).total)
+                for batch in (alone, together)
+            )
+        if abs(apart - packed_loss) > ROUNDING[dtype] * max(1.0, abs(apart)):
             raise UserError(
                 f"data.packing=true: {type(model).__name__} lets the documents of a row see each other",
                 where=f"two documents have a loss of {apart:.6g} apart and {packed_loss:.6g} in one row",
@@ -278,17 +285,17 @@ def _checkpoint_activations(model: Any) -> None:
     (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _lower(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold what does not train in the type that it is multiplied in, at half the memory; what trains keeps float32.
+def lower(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold what does not train in the type that it is multiplied in, at half the memory; what trains is in float32.
 
-    A module of which anything trains is left alone: a layer norm takes no weight and bias of two types.
+    All of a module of which anything trains is: a layer norm takes no weight and bias of two types.
     """
     for module in model.modules():
         own = list(module.parameters(recurse=False))
-        if not any(p.requires_grad for p in own):
-            for parameter in own:
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(dtype)
+        kind = torch.float32 if any(p.requires_grad for p in own) else dtype
+        for parameter in own:
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(kind)
 
 
 def _first_row(
