@@ -46,6 +46,9 @@ ALPACA_INPUT = (
 )
 
 
+TODAY = "26 Jul 2024"  # where a template writes the day (Llama 3 does): the one it falls back to, so that runs repeat
+
+
 @dataclass(frozen=True)
 class Passage:
     """A text, and the stretches of it that are learned, as (start, end) of characters.
@@ -137,7 +140,9 @@ class Chat:
         from jinja2 import TemplateError
 
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt, date_string=TODAY
+            )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise BadRow(f"is refused by the tokenizer's chat template: {error}") from error
         return str(text)
