@@ -8,7 +8,8 @@ from dora_cli.cli.run import answered, guard, split_flags
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
 
-OWN = ("checkpoint", "recipe", "base", "split", "out")
+HARNESS = ("harness", "harness.limit", "harness.fewshot", "harness.include_path", "harness.chat_template")
+OWN = ("checkpoint", "recipe", "base", "split", "out", *HARNESS)
 FROM_CONFIG = (
     "data.",
     "train.eval_batch_size",
@@ -54,6 +55,8 @@ def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
                 f"unknown key '{key}'" if equals else f"'{word}' is no key=value",
                 hint=did_you_mean(key, (*OWN, "data", *(k for k in FROM_CONFIG if not k.endswith(".")), "data.path")),
             )
+    if "harness" not in own and (lost := next((key for key in own if key in HARNESS), None)):
+        raise UserError(f"{lost} has no meaning without harness", hint="for example harness=[hellaswag,arc_easy]")
     if "checkpoint" not in own:
         raise UserError("checkpoint is not set", hint="dora-eval checkpoint=RUN_OR_ADAPTER_OR_MODEL")
     return own, rest

@@ -14,6 +14,7 @@ from dora_cli.checkpoints.json_io import read_json
 from dora_cli.checkpoints.manifest import verify_if_listed
 from dora_cli.checkpoints.peft_io import AdapterFile, read_adapter
 from dora_cli.cli import run_folder
+from dora_cli.cli.harness_run import evaluate_through_harness, read_choice
 from dora_cli.cli.parts import load_parts
 from dora_cli.config.compose import compose
 from dora_cli.config.schema import Config, DataConfig
@@ -24,7 +25,7 @@ from dora_cli.evaluation.predict import evaluate
 from dora_cli.models.load import load_model
 from dora_cli.reporting.events import jsonable
 from dora_cli.reporting.terminal import counting
-from dora_cli.training.setup import autocast_dtype, pick_device
+from dora_cli.training.setup import autocast_dtype, lower, pick_device
 
 NAMED = ("classification", "ner")  # tasks whose labels the head has in its order
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -37,16 +38,29 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
         UserError: no such checkpoint, nothing that says which data, or anything that does not fit.
     """
     folder = Path(expanduser(own["checkpoint"]))
-    if not folder.exists() and ("recipe" not in own or not HUB_NAME.fullmatch(own["checkpoint"])):
+    if not folder.exists() and (not own.keys() & {"recipe", "harness"} or not HUB_NAME.fullmatch(own["checkpoint"])):
         raise UserError(
             f"checkpoint={own['checkpoint']}: no such folder",
             where=f"looked for {folder.absolute()}",
-            hint="name a run, an adapter or a model folder; a model of the hub (OWNER/NAME) needs recipe= too",
+            hint="name a run, an adapter or a model folder; one of the hub (OWNER/NAME) needs recipe= or harness= too",
         )
     if folder.is_dir():
         verify_if_listed(folder)
     adapter = _adapter(folder)
+    harness = read_choice(own) if "harness" in own else None
     config = compose(_recipe(own, folder, overrides), load_parts(), config_dirs).config
+    if harness is not None:
+        task = build_task(config.data)
+        if task.auto_class != "AutoModelForCausalLM":
+            raise UserError(f"harness= is for language models, and this is data.task={config.data.task}")
+        at_any_length = replace(config, data=replace(config.data, max_length=1))
+        return evaluate_through_harness(
+            harness,
+            lambda: _load(own, folder, adapter, at_any_length, task),
+            config,
+            own["checkpoint"],
+            _out(own, folder),
+        )
     split = own.get("split", "validation")
 
     labels = _labels(adapter, folder)
@@ -98,6 +112,8 @@ def _recipe(own: Mapping[str, str], folder: Path, overrides: Sequence[str]) -> l
     for candidate in (folder, folder.absolute().parent):
         if (candidate / run_folder.CONFIG).exists():
             return [f"recipe={candidate / run_folder.CONFIG}", *overrides]
+    if "harness" in own:  # whose tasks bring their own data: any recipe for a language model will do
+        return ["recipe=clm_text", "data.name=harness", *overrides]
     raise UserError(
         f"checkpoint={folder} does not say which task and data it is for",
         hint="say so with recipe=NAME (and data.path=FILE_OR_FOLDER)",
@@ -131,14 +147,22 @@ def _load(
         name, revision = own.get("base") or adapter.base_name or config.model.name, adapter.revision
     if Path(name).is_dir():
         verify_if_listed(name)
+    dtype = autocast_dtype(config.train.precision)
     loaded = load_model(
         replace(config.model, name=name, revision=None if "base" in own else revision),
         auto_class=task.auto_class,
         offline=config.offline,
         max_length=config.data.max_length,
         max_target_length=config.data.max_target_length,
+        as_stored=dtype is not None,
         **task.model_kwargs(),
     )
+    if dtype is not None:  # as in training: what was trained in full is in float32, all else in the type of the pass
+        full = {*adapter.head, *adapter.replaced} if adapter is not None else set()
+        heads = tuple(f"{module}." for module in loaded.head_modules)
+        for name, parameter in loaded.model.named_parameters():
+            parameter.requires_grad_(name in full or name.startswith(heads))
+        lower(loaded.model, dtype)
     if adapter is None and loaded.missing:
         raise UserError(
             f"checkpoint={folder} has no trained head for this task: {', '.join(loaded.missing[:3])}",
@@ -156,6 +180,10 @@ def _load(
     return loaded.model, loaded.tokenizer
 
 
+def _out(own: Mapping[str, str], folder: Path) -> Path:
+    return Path(expanduser(own["out"])) if "out" in own else folder if folder.is_dir() else Path("eval") / folder.name
+
+
 def _write(
     own: Mapping[str, str],
     folder: Path,
@@ -164,7 +192,7 @@ def _write(
     predictions: list[Any],
     data: DataConfig,
 ) -> None:
-    out = Path(expanduser(own["out"])) if "out" in own else folder if folder.is_dir() else Path("eval") / folder.name
+    out = _out(own, folder)
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "checkpoint": own["checkpoint"],

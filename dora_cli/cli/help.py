@@ -99,7 +99,11 @@ def eval_help() -> str:
         [
             "usage: dora-eval checkpoint=RUN_OR_ADAPTER_OR_MODEL [key=value …]",
             "",
-            *_wrap("Evaluate a run, an adapter or a merged model; write eval-SPLIT.json and predictions-SPLIT.jsonl."),
+            *_wrap(
+                "Evaluate a run, an adapter or a merged model; write eval-SPLIT.json and predictions-SPLIT.jsonl. "
+                "With harness=, a language model on tasks of EleutherAI's lm-evaluation-harness instead; write "
+                "eval-harness.json (pip install 'dora-cli[harness]')."
+            ),
             *_section(
                 "keys (defaults in brackets)",
                 {
@@ -108,12 +112,18 @@ def eval_help() -> str:
                     "base": "base model by hub name or folder; null: the one the adapter names",
                     "split": "split to evaluate [validation]",
                     "data.path": "file or folder to evaluate on instead",
-                    "out": "folder for the two files; null: beside the checkpoint",
+                    "out": "folder for the files; null: beside the checkpoint",
+                    "harness": "tasks, groups or tags, e.g. [hellaswag,arc_easy]; * stands for anything",
+                    "harness.limit": "only the first N rows of each task; null: all",
+                    "harness.fewshot": "solved examples before each question; null: the task's own",
+                    "harness.include_path": "folder with task files of your own",
+                    "harness.chat_template": "ask in the words of the tokenizer's chat template [false]",
                 },
             ),
             *_section("exit codes", EXIT_CODES),
             *_examples(
                 "dora-eval checkpoint=runs/glue_sst2/dora-b0.1-s1",
+                "dora-eval checkpoint=runs/chat harness=[hellaswag,arc_easy] harness.limit=200",
                 "dora-eval checkpoint=merged recipe=glue_sst2 data.path=test.csv split=test",
             ),
         ]

@@ -90,7 +90,7 @@ def load_rows(
     """
     further = [role for role, name in config.splits.items() if name]
     wanted = list(dict.fromkeys(roles or ["train", "validation", *further]))
-    with quiet(), _network(allowed=not offline):
+    with quiet(), network(allowed=not offline):
         source = _open(config, offline)
         rows = Rows({}, source=source.what)
         for role in wanted:
@@ -265,7 +265,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _network(*, allowed: bool) -> Iterator[None]:
+def network(*, allowed: bool) -> Iterator[None]:
     """Make the hub's client refuse every request; ``datasets`` then looks into its cache."""
     from huggingface_hub import constants
 

@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -264,6 +264,24 @@ def print_summary(summary: Mapping[str, Any], files: Mapping[str, Path]) -> None
     )
     for name, path in files.items():
         table.add_row(name, Text(str(path), overflow="fold"))
+    with to_whoever_looks():
+        console.print(table)
+        sys.stdout.flush()
+
+
+def print_scores(scores: Iterable[tuple[str, str, float, float | None, int]]) -> None:
+    """A table of (task, metric, value, standard error, rows); a task's name stands once."""
+    console = _Console(highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("task", "metric"):
+        table.add_column(name, overflow="fold", header_style="dim")
+    for name in ("value", "± error", "rows"):
+        table.add_column(name, justify="right", header_style="dim")
+    before = ""
+    for task, metric, value, error, rows in scores:
+        shown = "" if task == before else task
+        table.add_row(shown, metric, number(value), "" if error is None else number(error), f"{rows:,}" if rows else "")
+        before = task
     with to_whoever_looks():
         console.print(table)
         sys.stdout.flush()
