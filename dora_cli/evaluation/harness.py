@@ -1,6 +1,7 @@
 """EleutherAI's lm-evaluation-harness on a model that is loaded already; an optional extra, imported when asked for."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -20,6 +21,7 @@ from dora_cli.registry import near
 NEEDS = ("lm_eval", "accelerate")  # the second one by the first one's wrapper of transformers' models
 KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
 BOOTSTRAPS = 1000  # for the standard errors that have no formula
+ALONE = "DISABLE_MULTIPROC"  # the harness's own switch
 FEWSHOT_SEED = 1234  # the harness's own: which solved examples are shown
 
 
@@ -56,7 +58,7 @@ def load_tasks(choice: HarnessChoice, *, offline: bool) -> Any:
         )
     if choice.include_path is not None and not choice.include_path.is_dir():
         raise UserError(f"harness.include_path={choice.include_path}: no such folder")
-    with _quiet(), network(allowed=not offline):
+    with _undisturbed(), network(allowed=not offline):
         manager, names = _found(choice)
         try:
             tasks = manager.load(names)
@@ -106,7 +108,7 @@ def run_harness(
 
     if choice.chat_template and not getattr(tokenizer, "chat_template", None):
         raise UserError("harness.chat_template=true: the tokenizer has no chat template")
-    with _quiet():
+    with _undisturbed():
         wrapped = HFLM(
             pretrained=model,
             backend="causal",
@@ -168,13 +170,16 @@ def _found(choice: HarnessChoice) -> tuple[Any, list[str]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No remarks of the harness, and no progress bars where nobody watches."""
+def _undisturbed() -> Iterator[None]:
+    """No remarks of the harness, no progress bars where nobody watches, and no processes: it would fork them for its
+    standard errors, and a fork of a process with threads may wait for ever."""
     logger = logging.getLogger("lm_eval")
-    before = logger.level
+    before, switch = logger.level, os.environ.get(ALONE)
     logger.setLevel(logging.ERROR)
+    os.environ[ALONE] = "1"
     try:
         with redirect_stdout(StringIO()), nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):
             yield
     finally:
         logger.setLevel(before)
+        os.environ.pop(ALONE) if switch is None else os.environ.update({ALONE: switch})
