@@ -35,7 +35,7 @@ class ModelConfig:
 class DataConfig:
     task: str = key(
         "classification",
-        "kind of task: classification, regression, ner, multiple_choice, sft, clm or summarization",
+        "kind of task: classification, regression, ner, multiple_choice, qa, sft, clm or summarization",
     )
     name: str | None = key(None, "data set on the hub")
     config: str | None = key(None, "configuration of the hub data set, e.g. sst2 of glue")
@@ -65,6 +65,13 @@ class DataConfig:
     )
     no_repeat_ngram_size: int | None = key(
         None, "of summarization: no run of so many tokens is written twice; null: any may be", low=1
+    )
+    doc_stride: int | None = key(
+        None, "of qa: tokens that neighbouring windows of a long context share; null: a third of data.max_length", low=0
+    )
+    max_answer_length: int | None = key(None, "of qa: longest answer to predict, in tokens; null: 30", low=1)
+    null_answers: bool | None = key(
+        None, "of qa: whether a context may hold no answer; null: whether some row has none"
     )
     packing: bool = key(False, "of sft and clm: fill training rows with several documents, which do not see each other")
     max_train_samples: int | None = key(None, "use only the first N training rows after a seeded shuffle", low=1)

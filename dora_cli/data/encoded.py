@@ -32,6 +32,8 @@ class Encoded:
         notes: sentences for the plan on what was left out, and why.
         target: of an encoder-decoder, what is to be written of every row: its one column is ``labels``.
         references: of every row what its prediction is compared with, where its tokens do not hold all of it.
+        windows_of: how many rows of the split these are windows of (``places`` says which), where one prediction comes
+            of all windows of a row; ``None`` where each stands for itself.
     """
 
     ragged: dict[str, Tensor]
@@ -45,6 +47,7 @@ class Encoded:
     notes: list[str] = field(default_factory=list)
     target: "Encoded | None" = None
     references: Sequence[Any] = ()
+    windows_of: int | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -87,7 +87,7 @@ def encoded_rows(
     Raises:
         UserError: there is not one row with anything to learn.
     """
-    key, characters = _digest(rows, columns, tokenizer, {"max_length": max_length, **settings})
+    key, characters = digest_of(rows, columns, tokenizer, {"max_length": max_length, **settings})
     worth = key is not None and characters >= texts.CACHED_FROM
     made = cached(cache_folder(cache) if worth else None, lambda: key or "", lambda: gather().tensors())
     if not len(made["places"]):
@@ -124,7 +124,7 @@ def encoded_rows(
     )
 
 
-def _digest(rows: Any, columns: Sequence[str], tokenizer: Any, settings: dict[str, Any]) -> tuple[str | None, int]:
+def digest_of(rows: Any, columns: Sequence[str], tokenizer: Any, settings: dict[str, Any]) -> tuple[str | None, int]:
     """A digest of all that the tokens of a split follow from, and how many characters it has; None: not to be known."""
     import tokenizers
     import transformers

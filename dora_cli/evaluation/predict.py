@@ -64,6 +64,8 @@ def evaluate(
     values = {"loss": torch.stack(losses).cpu().double().sum().item() / max(int(count), 1), **scorer.metrics()}
     if not keep_predictions:
         return EvalResult(values)
-    order = torch.tensor([row for batch in plan for row in batch]).argsort()  # back from long-to-short
     said = scorer.predictions()
+    if encoded.windows_of is not None:
+        return EvalResult(values, said)
+    order = torch.tensor([row for batch in plan for row in batch]).argsort()  # back from long-to-short
     return EvalResult(values, [{"id": i, **said[k]} for i, k in zip(encoded.ids, order.tolist(), strict=True)])

@@ -25,7 +25,10 @@ class Scorer(Protocol):
         """The task's metrics of everything taken in, by name."""
 
     def predictions(self) -> list[dict[str, Any]]:
-        """One object a row, in the order in which rows were taken in; only where they were to be kept."""
+        """One object a row, in the order in which rows were taken in; only where they were to be kept.
+
+        Of windows (``Encoded.windows_of``): one object, with its ``id``, for each of their rows, in the split's order.
+        """
 
 
 def build_scorer(task: Task, *, keep: bool = False) -> Scorer:

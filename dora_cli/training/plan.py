@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_cli.adapters.base import AdapterLayer, linear_shape
+from dora_cli.data.encoded import Encoded
 from dora_cli.data.tasks.ner import Ner
 from dora_cli.training.memory import NoEstimate, estimate
 from dora_cli.training.optim import warmup_steps
@@ -50,7 +51,7 @@ def _run(session: Session, out: str) -> dict[str, str]:
 
 
 def _data(session: Session) -> dict[str, str]:
-    lines = {role: f"{len(rows):,} rows" for role, rows in session.encoded.items()}
+    lines = {role: _size(rows) for role, rows in session.encoded.items()}
     lines |= session.task.facts()
     cut = sum(rows.truncated for rows in session.encoded.values())
     if cut:
@@ -58,9 +59,17 @@ def _data(session: Session) -> dict[str, str]:
     return lines
 
 
+def _size(encoded: Encoded) -> str:
+    if encoded.windows_of is None:
+        return f"{len(encoded):,} rows"
+    return f"{encoded.windows_of:,} rows in {len(encoded):,} windows, which batches count as rows"
+
+
 def _examples(session: Session) -> dict[str, str]:
     """Two rows as the model will see them: every token, in brackets where it is learned, and the other columns."""
     encoded = session.encoded["train"]
+    if encoded.windows_of is not None:
+        return _windows(session, encoded)
     lines = {}
     for number in range(min(2, len(encoded))):
         example = encoded[number]
@@ -91,6 +100,25 @@ def _marked(word: str, label: int, tags: list[str] | None) -> str:
 
 def _shortened(words: list[str], most: int) -> str:
     return " ".join(words[:most]) + (f" … and {len(words) - most:,} more" if len(words) > most else "")
+
+
+def _windows(session: Session, encoded: Encoded) -> dict[str, str]:
+    """A window with its answer in brackets, and one without, in which the position that stands for none is."""
+    none = encoded.scalars["end"] == encoded.scalars["null"]
+    lines: dict[str, str] = {}
+    for number in sorted(int(kind.nonzero()[0]) for kind in (none, ~none) if kind.any()):
+        example = encoded[number]
+        start, end, null = (int(example[name]) for name in ("start", "end", "null"))
+        words = session.tokenizer.convert_ids_to_tokens(example["input_ids"].tolist())
+        words[start] = f"[{words[start]}"
+        words[end] += "]"
+        what = "no answer in it: what stands for none" if end == null else "the answer"
+        shown = " ".join(words[:EXAMPLE_TOKENS])
+        more = f" … and {len(words) - EXAMPLE_TOKENS:,} more" if len(words) > EXAMPLE_TOKENS else ""
+        name = f"row {encoded.place(number) + 1}"
+        name = f"{name} (2)" if name in lines else name  # another window of it
+        lines[name] = f"{len(words):,} tokens; {what} in brackets\n{shown}{more}"
+    return lines
 
 
 def _model(session: Session) -> dict[str, str]:

@@ -12,6 +12,7 @@ TASKS = {
     "multiple_choice": "dora_cli.data.tasks.multiple_choice:MultipleChoice",
     "sft": "dora_cli.data.tasks.sft:Sft",
     "clm": "dora_cli.data.tasks.clm:Clm",
+    "qa": "dora_cli.data.tasks.qa:QuestionAnswering",
     "summarization": "dora_cli.data.tasks.summarization:Summarization",
 }
 
@@ -24,6 +25,9 @@ READ_BY = {
     "num_beams": ("sft", "summarization"),
     "length_penalty": ("sft", "summarization"),
     "no_repeat_ngram_size": ("summarization",),  # elsewhere the prompt's tokens would count
+    "doc_stride": ("qa",),
+    "max_answer_length": ("qa",),
+    "null_answers": ("qa",),
 }
 
 LOWER_IS_BETTER = frozenset({"loss", "mse", "mae", "perplexity"})

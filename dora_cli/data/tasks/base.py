@@ -20,6 +20,9 @@ class TaskChoice(Protocol):
     answer: str | None
     max_new_tokens: int
     max_target_length: int | None
+    doc_stride: int | None
+    max_answer_length: int | None
+    null_answers: bool | None
 
     @property
     def columns(self) -> Mapping[str, str | None]: ...
@@ -43,7 +46,7 @@ class Task(Protocol):
     Attributes:
         name: its value of ``data.task``.
         kind: of outputs, which decides what scores them (``evaluation.SCORERS``): ``labels``, ``tags``,
-            ``tokens`` or ``summaries``.
+            ``spans``, ``tokens`` or ``summaries``.
         auto_class: transformers' class for the model.
         peft_task_type: the same in PEFT's words, for ``adapter_config.json``; ``None`` where it has none.
         metric_names: what to report; the first chooses the best checkpoint.
