@@ -169,10 +169,17 @@ def _refuse_unfit(model: Any, missing: list[str], name: str) -> None:
     parameters = dict(model.named_parameters())
     lost = [n for n in missing if id(parameters[n]) in base and n.startswith(tuple(body))]
     if lost:
+        hint = "only a head may be new; config.json and the weights must belong together"
+        if base <= {id(parameters[n]) for n in missing}:
+            # LlamaForQuestionAnswering and its kin look for transformer.layers where the checkpoint has model.layers.
+            hint += ". Where they do, save the model without its head, which fits every class: "
+            hint += (
+                "AutoModel.from_pretrained(NAME).save_pretrained(DIR), and the tokenizer beside it; then model.name=DIR"
+            )
         raise UserError(
             f"model.name={name}: its weights do not fit {type(model).__name__}",
             where=f"{len(lost)} parameters of the base model are absent or have another shape, e.g. {lost[0]}",
-            hint="only a head may be new; config.json and the weights must belong together",
+            hint=hint,
         )
 
 

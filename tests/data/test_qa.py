@@ -89,9 +89,9 @@ def test_the_loss_is_that_of_transformers_whatever_is_padded(make: Make) -> None
         window = encoded.batch([i])
         inputs = {name: window[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
         alone.append(model(**inputs, start_positions=window["start"], end_positions=window["end"]).loss.item())
-        assert float(task.loss(model, window).total) == pytest.approx(alone[-1], rel=1e-5)
+        assert task.loss(model, window).total.item() == pytest.approx(alone[-1], rel=1e-5)
     loss = task.loss(model, encoded.batch(range(len(encoded))))
-    assert float(loss.total) == pytest.approx(sum(alone), rel=1e-5) and loss.n == len(encoded)
+    assert loss.total.item() == pytest.approx(sum(alone), rel=1e-5) and loss.n == len(encoded)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -298,6 +298,21 @@ def test_a_checkpoint_without_a_layer_is_refused(save_base):
     assert "bert.encoder.layer.1.output.dense.weight" in caught.value.where
 
 
+def test_the_names_of_a_head_that_the_class_does_not_know_and_the_way_out(save_base):
+    """transformers' class for questions does not know a language model's names, only those of the bare body."""
+    from safetensors.torch import load_file, save_file
+
+    path = save_base("llama") / "model.safetensors"
+    assert load(path.parent, "AutoModelForQuestionAnswering", num_labels=2).missing == [
+        "qa_outputs.weight",
+        "qa_outputs.bias",
+    ]
+    save_file({f"model.{name}": w for name, w in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="do not fit LlamaForQuestionAnswering") as caught:
+        load(path.parent, "AutoModelForQuestionAnswering", num_labels=2)
+    assert "save the model without its head" in caught.value.hint
+
+
 def test_a_config_of_another_size_is_refused(save_base):
     folder = save_base("bert")
     config = json.loads((folder / "config.json").read_text())
