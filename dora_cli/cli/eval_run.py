@@ -68,7 +68,10 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
     role = _file_role(overrides, split)
     # Without a validation split some of train was held out; what is left is the train split that was trained on.
     roles = ["train", "validation"] if split == "train" and role == "train" else [split]
-    rows = load_rows(data, offline=config.offline, seed=config.seed, roles=roles, file_role=role)
+    buffer = data.shuffle_buffer if data.streaming and role == "train" else None
+    rows = load_rows(data, offline=config.offline, seed=config.seed, roles=roles, file_role=role, stream=buffer)
+    if rows.stream is not None:
+        raise UserError("split=train was streamed, not read as a whole", hint="give data.path=FILE to evaluate a file")
     task = build_task(data)
     task.fit(rows)
     model, tokenizer = _load(own, folder, adapter, config, task)

@@ -219,6 +219,18 @@ def check_config(config: Config, where: Callable[[str], str | None]) -> None:
         raise UserError("resume=true goes on with a run and overwrite=true replaces it", hint="set one of them")
     if data.name is None and data.path is None:
         raise UserError("there is no data", hint="set data.path to a file or folder, or choose data=NAME")
+    if data.streaming and config.train.max_steps is None:
+        raise UserError(
+            "data.streaming=true needs train.max_steps: nobody knows how many rows an epoch has",
+            where=where("data.streaming"),
+            hint="set for example train.max_steps=10000; learning rate and pruning are planned over it",
+        )
+    if data.streaming and config.train.workers:
+        raise UserError(
+            f"train.workers={config.train.workers}: streamed rows are put together by the process that trains",
+            where=where("train.workers"),
+            hint="set train.workers=0",
+        )
     if data.labels is not None and len(set(data.labels)) != len(data.labels):
         raise UserError(f"data.labels={show(data.labels)} names a label twice", where=where("data.labels"))
     if data.labels is not None and len(data.labels) < 2:

@@ -76,7 +76,11 @@ class DataConfig:
     packing: bool = key(False, "of sft and clm: fill training rows with several documents, which do not see each other")
     max_train_samples: int | None = key(None, "use only the first N training rows after a seeded shuffle", low=1)
     max_eval_samples: int | None = key(None, "use only the first N rows of each evaluation split", low=1)
-    cache: str | None = key("auto", "folder that keeps tokens for later runs; auto: ~/.cache/dora_cli; null: none")
+    cache: str | None = key(
+        "auto", "folder that keeps tokens, and rows of large files, for later runs; auto: ~/.cache/dora_cli; null: none"
+    )
+    streaming: bool = key(False, "read training rows in order, a buffer at a time, and keep nothing of them")
+    shuffle_buffer: int = key(10_000, "rows of a streamed set that are read at once and shuffled together", low=1)
     holdout: float = key(0.1, "share of train held out where there is no validation split", above=0.0, below=1.0)
 
 

@@ -38,24 +38,27 @@ class LengthGroupedBatches:
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """The row numbers of every batch of an epoch (counted from 0)."""
-        generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
-        order = torch.randperm(len(self.lengths), generator=generator)
-        batches: list[list[int]] = []
-        for mega in order.split(MEGABATCH * self.batch_size):
-            longest_first = self.lengths[mega].argsort(descending=True, stable=True)
-            batches += [batch.tolist() for batch in mega[longest_first].split(self.batch_size)]
-        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        # A batch starts with its longest row.
-        longest = max(range(len(batches)), key=lambda i: int(self.lengths[batches[i][0]]))
-        batches[:1], batches[longest : longest + 1] = batches[longest : longest + 1], batches[:1]
-        return batches
+        return list(self._from(epoch, 0))
 
     def stream(self, first: int) -> Iterator[list[int]]:
         """The row numbers of every batch from the ``first``-th of a run on, epoch after epoch, without end."""
         epoch, skip = divmod(first, len(self))
         while True:
-            yield from self.epoch(epoch)[skip:]
+            yield from self._from(epoch, skip)
             epoch, skip = epoch + 1, 0
+
+    def _from(self, epoch: int, first: int) -> Iterator[list[int]]:
+        """The batches of an epoch from the ``first``-th on; 16 bytes a row are held meanwhile."""
+        generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
+        order = torch.randperm(len(self.lengths), generator=generator)
+        for mega in order.split(MEGABATCH * self.batch_size):
+            mega.copy_(mega[self.lengths[mega].argsort(descending=True, stable=True)])
+        starts = torch.randperm(len(self), generator=generator) * self.batch_size
+        longest = self.lengths[order[starts]]  # a batch starts with its longest row
+        first_longest = int((longest == longest.max()).nonzero()[0])
+        starts[[0, first_longest]] = starts[[first_longest, 0]]
+        for start in starts[first:].tolist():
+            yield order[start : start + self.batch_size].tolist()
 
 
 def sequential_batches(lengths: Tensor, batch_size: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Tokenised rows: packed flat in memory, padded to the longest row of a batch on demand."""
+"""Tokenised rows: flat in memory or mapped from a file, padded to the longest row of a batch on demand."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ class Encoded:
         scalars: name → one value a row, shape ``(N,)``, e.g. ``labels``.
         pads: name of a ragged column → the value to pad it with.
         side: ``right`` or ``left``, where the tokenizer pads.
-        ids: what names a row in a file of predictions.
+        ids: what names a row in a file of predictions; it may be read when it is looked at.
         truncated: rows that were longer than allowed and lost their end.
         places: for every row its number in the split, where rows were left out; ``None`` where all are there.
         notes: sentences for the plan on what was left out, and why.
@@ -41,13 +41,14 @@ class Encoded:
     scalars: dict[str, Tensor]
     pads: dict[str, int]
     side: str = "right"
-    ids: list[Any] = field(default_factory=list)
+    ids: Sequence[Any] = field(default_factory=list)
     truncated: int = 0
-    places: list[int] | None = None
+    places: Sequence[int] | Tensor | None = None
     notes: list[str] = field(default_factory=list)
     target: "Encoded | None" = None
     references: Sequence[Any] = ()
     windows_of: int | None = None
+    _fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -60,7 +61,7 @@ class Encoded:
 
     def place(self, row: int) -> int:
         """The number of a row in the split that it was read from."""
-        return row if self.places is None else self.places[row]
+        return row if self.places is None else int(self.places[row])
 
     @property
     def lengths(self) -> Tensor:
@@ -91,10 +92,16 @@ class Encoded:
             places=[self.place(i) for i in rows],
             target=None if self.target is None else self.target.select(rows),
             references=[self.references[i] for i in rows] if len(self.references) else (),
+            _fingerprint=None,
         )
 
     def fingerprint(self) -> str:
         """What tells these rows from others: lengths, labels, and all tokens or, of large sets, millions of them."""
+        if self._fingerprint is None:  # every checkpoint asks, and a large set is read from disk for it
+            self._fingerprint = self._digest()
+        return self._fingerprint
+
+    def _digest(self) -> str:
         digest = sha256()
         for name, values in sorted(self.scalars.items()):
             digest.update(name.encode() + values.contiguous().numpy().tobytes())

@@ -5,7 +5,8 @@ import glob
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ def place(path: Path, row: int) -> str:
     """Where row number ``row`` (from 0) stands in a file that has been read: ``line 7``, or ``row 7``."""
     kind = path.suffix.lower()
     if kind in (".csv", ".tsv"):
-        lines: Iterator[int] = (line for line, _ in islice(_csv_rows(path), 1, None))
-    elif kind in (".jsonl", ".json") and not _is_json_list(path):
+        lines: Iterator[int] = (line for line, _ in islice(csv_rows(path), 1, None))
+    elif kind in (".jsonl", ".json") and not is_json_list(path):
         lines = (line for line, text in _lines(path) if text.strip())
     else:
         return f"row {row + 1}"
@@ -68,15 +69,27 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _read_json(path: Path) -> Any:
-    """By Python's reader. Arrow's makes dates of texts that look like one, and rounds whole numbers that are large."""
+    return json_dataset(json_rows(path), {}, path)
+
+
+def json_dataset(rows: Iterable[dict[str, Any]], kinds: dict[str, set[type]], path: Path, first: int = 0) -> Any:
+    """The rows as a ``datasets.Dataset``, whose types are those of all values that were ever seen.
+
+    By Python's reader: arrow's makes dates of texts that look like one, and rounds whole numbers that are large.
+
+    Args:
+        kinds: column → types seen so far; those of ``rows`` are added.
+        path: where they come from, for messages.
+        first: number in the file of the first of them.
+    """
     import datasets
 
-    columns: dict[str, list[Any]] = {}
-    kinds: dict[str, set[type]] = {}
-    for count, row in enumerate(_json_rows(path)):
+    columns: dict[str, list[Any]] = {name: [] for name in kinds}
+    for count, row in enumerate(rows):
         for name, value in row.items():
             if name not in columns:
-                columns[name], kinds[name] = [None] * count, set()
+                columns[name] = [None] * count
+                kinds[name] = set()
             columns[name].append(value)
             kinds[name].add(type(value))
         for values in columns.values():
@@ -86,25 +99,24 @@ def _read_json(path: Path) -> Any:
         raise _malformed("there are no rows", path)
     features = {}
     for name, values in columns.items():
-        columns[name], features[name] = _column(name, kinds[name] - {type(None)}, values, path)
+        columns[name], features[name] = _column(name, kinds[name] - {type(None)}, values, path, first)
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The object of every row."""
-    if _is_json_list(path):
+def json_rows(path: Path, first: int = 0) -> Iterator[dict[str, Any]]:
+    """The object of every row from number ``first`` on; lines before it are passed over unread."""
+    if is_json_list(path):
         text = "".join(text for _, text in _lines(path))
         for i, row in enumerate(_parsed(text, path, None), start=1):
             if not isinstance(row, dict):
                 raise _malformed(f"entry {i} is no object", path)
             yield row
         return
-    for line, text in _lines(path):
-        if text.strip():
-            row = _parsed(text, path, line)
-            if not isinstance(row, dict):
-                raise _malformed(f"{text.strip()[:40]} is no object", path, f"line {line}")
-            yield row
+    for line, text in islice(((line, text) for line, text in _lines(path) if text.strip()), first, None):
+        row = _parsed(text, path, line)
+        if not isinstance(row, dict):
+            raise _malformed(f"{text.strip()[:40]} is no object", path, f"line {line}")
+        yield row
 
 
 def _parsed(text: str, path: Path, line: int | None) -> Any:
@@ -128,20 +140,20 @@ def _parsed(text: str, path: Path, line: int | None) -> Any:
 
 
 def _malformed(problem: str, path: Path, at: str | None = None) -> UserError:
-    hint = "the list must hold objects" if _is_json_list(path) else "every line must be one object"
+    hint = "the list must hold objects" if is_json_list(path) else "every line must be one object"
     return UserError(f"malformed JSON: {problem}", where=f"{path}, {at}" if at else str(path), hint=hint)
 
 
-def _column(name: str, kinds: set[type], values: list[Any], path: Path) -> tuple[list[Any], Any]:
+def _column(name: str, kinds: set[type], values: list[Any], path: Path, first: int) -> tuple[list[Any], Any]:
     """The values of a column with ``kinds`` of them, as ``datasets`` takes them, and their type."""
     import datasets
 
     if kinds and kinds <= {int, float}:
-        return values, _number_type(name, values, float in kinds, path)
+        return values, _number_type(name, values, float in kinds, path, first)
     if kinds in (set(), {str}, {bool}):
         return values, datasets.Value({str: "string", bool: "bool"}[kinds.pop()] if kinds else "null")
     if hasattr(datasets, "Json"):
-        return [_as_json(name, value, path, i) for i, value in enumerate(values)], datasets.Json()
+        return [_as_json(name, value, path, i) for i, value in enumerate(values, start=first)], datasets.Json()
     try:  # older versions know one type for all values of a column only
         return values, datasets.Dataset.from_dict({name: values}).features[name]
     except (TypeError, ValueError) as error:
@@ -163,11 +175,11 @@ def _as_json(name: str, value: Any, path: Path, row: int) -> str | None:
     return text
 
 
-def _number_type(name: str, values: list[Any], is_float: bool, path: Path) -> Any:
+def _number_type(name: str, values: list[Any], is_float: bool, path: Path, first: int) -> Any:
     import datasets
 
     low, high = (-EXACT, EXACT) if is_float else (-(2**63), 2**63 - 1)
-    for i, value in enumerate(values):
+    for i, value in enumerate(values, start=first):
         if isinstance(value, int) and not low <= value <= high:
             raise UserError(
                 f"'{name}' is too large a number to be kept as it is",
@@ -185,7 +197,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _is_json_list(path: Path) -> bool:
+def is_json_list(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
@@ -207,18 +219,23 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_table(path: Path) -> Any:
+    records = csv_rows(path)
+    return table_dataset(next(records)[1], (fields for _, fields in records))
+
+
+def table_dataset(header: list[str], rows: Iterable[list[str]]) -> Any:
+    """Records of a csv or tsv file as a ``datasets.Dataset`` of strings."""
     import datasets
 
-    records = _csv_rows(path)
-    columns: dict[str, list[str]] = {name: [] for name in next(records)[1]}
-    for _, fields in records:
+    columns: dict[str, list[str]] = {name: [] for name in header}
+    for fields in rows:
         for values, value in zip(columns.values(), fields, strict=True):
             values.append(value)
     strings = datasets.Features({name: datasets.Value("string") for name in columns})
     return datasets.Dataset.from_dict(columns, features=strings)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """First line and fields of the header and of every row, each checked to have as many fields as the header."""
     header: list[str] = []
     for line, fields in _csv_records(path):
@@ -263,8 +280,17 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _read_parquet(path: Path) -> Any:
     import datasets
 
-    try:
+    with parquet_errors(path):
         return datasets.load_dataset("parquet", data_files={"train": glob.escape(str(path))}, split="train")
+
+
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """What arrow and ``datasets`` raise of a file that is damaged, as one message."""
+    import datasets
+
+    try:
+        yield
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise UserError("the parquet file can't be read", where=f"{path}: {first_line(_root(error))}") from error
 

@@ -22,7 +22,7 @@ def pack(encoded: Encoded, length: int) -> Encoded:
         length: tokens of a row; no document is longer.
 
     Returns:
-        The rows. ``ids`` and ``places`` are those of a row's first document.
+        The rows. ``places`` are those of a row's first document; no ``ids``, since only evaluation names rows.
     """
     assert not encoded.scalars, "what belongs to a document has no place in a row of several"
     rows = _filled(encoded.lengths.tolist(), length)
@@ -40,7 +40,6 @@ def pack(encoded: Encoded, length: int) -> Encoded:
         scalars={},
         pads={**encoded.pads, POSITIONS: 0},
         side=encoded.side,
-        ids=[encoded.ids[i] for i in first] if encoded.ids else [],
         truncated=encoded.truncated,
         places=[encoded.place(i) for i in first],
         notes=[*encoded.notes, f"{len(encoded):,} documents packed into {len(rows):,} rows of up to {length:,} tokens"],

@@ -1,7 +1,7 @@
 """Rows of tokens with labels, for language models: gathered one by one, and kept for later runs."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -16,10 +16,15 @@ from dora_cli.errors import UserError
 
 IGNORED = -100  # the label of a token that is read but not learned
 FORMAT = 2  # of what is cached: raise it when the same rows become other tokens
+BLOCK = 1 << 20  # tokens that are gathered before they are given away
+
+
+class NothingToLearnError(UserError):
+    """Not one row of a split has a token to learn."""
 
 
 class TokenRows:
-    """Gathers rows.
+    """Gathers rows, and gives them away in blocks.
 
     Args:
         max_length: longer rows lose their end.
@@ -30,6 +35,8 @@ class TokenRows:
         self.places: list[int] = []
         self.tokens: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
+        self.end = 0  # tokens given away
+        self.waiting = 0  # tokens that are not
         self.truncated = 0
         self.unlearnable = 0  # rows without a token to learn, which are left out
         self.rewritten = 0  # conversations that became several rows
@@ -49,21 +56,33 @@ class TokenRows:
         self.places.append(place)
         self.tokens.append(row)
         self.labels.append(labels)
+        self.waiting += len(row)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it, flat: every column end to end, ``offsets``, ``places``, and ``counts`` of what happened."""
+    def full(self) -> Iterator[dict[str, Tensor]]:
+        """A block where enough has been gathered for one, else none."""
+        if self.waiting >= BLOCK:
+            yield self.block()
+
+    def block(self) -> dict[str, Tensor]:
+        """What was gathered since the last block, flat: every column end to end, where its rows end as ``offsets`` (the
+        first block's begin with 0), ``places``, and as ``counts`` three numbers of what happened."""
         none = [np.empty(0, np.int32)]
-        return {
+        ends = torch.tensor([self.end, *map(len, self.tokens)]).cumsum(0)
+        block = {
             "input_ids": torch.from_numpy(np.concatenate(self.tokens or none)),
             "labels": torch.from_numpy(np.concatenate(self.labels or none)),
-            "offsets": torch.tensor([0, *map(len, self.tokens)]).cumsum(0),
+            "offsets": ends if self.end == 0 else ends[1:],
             "places": torch.tensor(self.places, dtype=torch.int64),
             "counts": torch.tensor([self.truncated, self.unlearnable, self.rewritten, self.unopened]),
         }
+        self.places, self.tokens, self.labels = [], [], []
+        self.end, self.waiting = int(ends[-1]), 0
+        self.truncated = self.unlearnable = self.rewritten = self.unopened = 0
+        return block
 
 
 def encoded_rows(
-    gather: Callable[[], TokenRows],
+    gather: Callable[[], Iterator[dict[str, Tensor]]],
     *,
     rows: Any,
     columns: Sequence[str],
@@ -76,6 +95,7 @@ def encoded_rows(
     """What ``gather`` gives of a split, from the cache where it is kept there.
 
     Args:
+        gather: gives the blocks of a ``TokenRows``.
         rows: the split.
         columns: those that the tokens follow from.
         names: the column that names a row in predictions.
@@ -85,17 +105,17 @@ def encoded_rows(
         cache: ``data.cache``.
 
     Raises:
-        UserError: there is not one row with anything to learn.
+        NothingToLearnError: there is not one row with anything to learn.
     """
     key, characters = digest_of(rows, columns, tokenizer, {"max_length": max_length, **settings})
     worth = key is not None and characters >= texts.CACHED_FROM
-    made = cached(cache_folder(cache) if worth else None, lambda: key or "", lambda: gather().tensors())
+    made = cached(cache_folder(cache) if worth else None, lambda: key or "", gather)
     if not len(made["places"]):
-        raise UserError(
+        raise NothingToLearnError(
             f"no row of this split has anything to learn within data.max_length={max_length} tokens",
             hint="raise data.max_length, or look at the prompts",
         )
-    truncated, unlearnable, rewritten, unopened = made["counts"].tolist()
+    truncated, unlearnable, rewritten, unopened = made["counts"].view(-1, 4).sum(0).tolist()
     notes = []
     if unlearnable:
         notes.append(f"{unlearnable:,} rows left out: nothing to learn within {max_length:,} tokens")
@@ -109,17 +129,18 @@ def encoded_rows(
             f"{unopened:,} conversations answer without the thought that the chat template begins for the model: "
             "learned is the turn as it stands, so prompt the model without it too"
         )
-    places = made["places"].tolist()
-    named = rows.with_format(None)[names][:]
+    places, count = made["places"], len(rows)
+    all_there = len(places) == count and bool((places == torch.arange(count)).all())
+    named = rows.with_format(None)
     return Encoded(
         ragged={name: made[name] for name in ("input_ids", "labels")},
         offsets=made["offsets"],
         scalars={},
         pads={"input_ids": tokenizer.pad_token_id, "labels": IGNORED},
         side=tokenizer.padding_side,
-        ids=[named[place] for place in places],
+        ids=(named if all_there else named.select(places.numpy()))[names],
         truncated=truncated,
-        places=None if places == list(range(len(rows))) else places,
+        places=None if all_there else places,
         notes=notes,
     )
 

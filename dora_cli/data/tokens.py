@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,12 @@ def tokenize(
         NoRoom: a second text that is to be kept is longer than that.
     """
     special = check_room(tokenizer, max_length, pair=pairs is not None, key=key)
-    if pairs is not None and special == tokenizer.num_special_tokens_to_add(pair=False):
-        texts = [f"{text}\n" for text in texts]
+    apart = pairs is None or special != tokenizer.num_special_tokens_to_add(pair=False)
     pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     pads = {name: pad for name, pad in pads.items() if name in tokenizer.model_input_names}
-    job = _Job(texts, pairs, tokenizer, rust_of(tokenizer), max_length, _empty_row(tokenizer, pads), keep_pairs)
-    characters = sum(map(len, texts)) + sum(map(len, pairs or ()))
-    worth = characters >= CACHED_FROM and job.is_known
+    end = "" if apart else "\n"
+    job = _Job(texts, pairs, end, tokenizer, rust_of(tokenizer), max_length, _empty_row(tokenizer, pads), keep_pairs)
+    worth = job.is_known and job.is_worth_keeping()
     tokens = cached(cache if worth else None, job.key, job.tokens)
     return Encoded(
         ragged={name: tokens[name] for name in pads},
@@ -77,7 +76,7 @@ def tokenize(
         scalars=scalars,
         pads=pads,
         side=tokenizer.padding_side,
-        truncated=int(tokens["truncated"]),
+        truncated=int(tokens["truncated"].sum()),
     )
 
 
@@ -123,36 +122,53 @@ def _empty_row(tokenizer: Any, pads: dict[str, int]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class _Job:
-    """All that the tokens of a split follow from. ``empty``: column → the row of a text without tokens."""
+    """All that the tokens of a split follow from.
+
+    Attributes:
+        texts, pairs: read in order, a chunk at a time: they may lie on disk.
+        end: what is put after a first text.
+        empty: column → the row of a text without tokens.
+    """
 
     texts: Sequence[str]
     pairs: Sequence[str] | None
+    end: str
     tokenizer: Any
     rust: Any
     max_length: int
     empty: dict[str, list[int]]
     keep_pairs: bool
 
-    def tokens(self) -> dict[str, Tensor]:
-        """Every column, shape ``(Σ s_i,)``, int32; ``offsets``, shape ``(N + 1,)``; ``truncated``, shape ``(1,)``."""
-        flat: dict[str, list[np.ndarray]] = {name: [] for name in self.empty}
-        lengths: list[int] = []
-        truncated = 0
+    def tokens(self) -> Iterator[dict[str, Tensor]]:
+        """In blocks: every column, in all shape ``(Σ s_i,)``, int32; ``offsets``, in all shape ``(N + 1,)``;
+        ``truncated``, one number a block."""
+        end = count = 0
         for first, second in self._chunks():
             columns, cut = (self._by_python if self.rust is None else self._by_rust)(first, second)
-            truncated += cut
             for i, row in enumerate(columns["input_ids"] if cut else ()):
                 if len(row) > self.max_length:
-                    raise NoRoom(len(lengths) + i)
+                    raise NoRoom(count + i)
+            lengths = [len(row) or 1 for row in columns["input_ids"]]
+            block = {}
+            count += len(lengths)
             for name, rows in columns.items():
                 full = [row or self.empty[name] for row in rows]
-                flat[name].append(np.fromiter(chain.from_iterable(full), np.int32))
-            lengths += [len(row) or 1 for row in columns["input_ids"]]
-        return {
-            **{name: torch.from_numpy(np.concatenate(chunks)) for name, chunks in flat.items()},
-            "offsets": torch.tensor([0, *lengths]).cumsum(0),
-            "truncated": torch.tensor([truncated]),
-        }
+                block[name] = torch.from_numpy(np.fromiter(chain.from_iterable(full), np.int32, sum(lengths)))
+            ends = torch.tensor([end, *lengths]).cumsum(0)
+            block["offsets"] = ends if end == 0 else ends[1:]
+            block["truncated"] = torch.tensor([cut])
+            end = int(ends[-1])
+            yield block
+
+    def is_worth_keeping(self) -> bool:
+        """Whether there are so many characters; no more are read than it takes to know."""
+        characters = 0
+        for column in (self.texts, self.pairs or ()):
+            for start in range(0, len(column), CHUNK):
+                characters += sum(map(len, column[start : start + CHUNK]))
+                if characters >= CACHED_FROM:
+                    return True
+        return False
 
     @property
     def is_known(self) -> bool:
@@ -173,6 +189,7 @@ class _Job:
             "rows": [len(self.texts), self.pairs is not None],  # with the lengths below, no two splits read the same
             "max_length": self.max_length,
             "empty": self.empty,
+            "end": self.end,
             "side": self.tokenizer.truncation_side,
             "keep_pairs": self.keep_pairs,
             "split_special_tokens": self.tokenizer.split_special_tokens,
@@ -188,12 +205,20 @@ class _Job:
 
     def _chunks(self) -> Iterator[tuple[list[str], list[str] | None]]:
         """Texts and second texts to tokenise at once."""
-        start, characters = 0, 0
-        for end, text in enumerate(self.texts, start=1):
-            characters += len(text) + (len(self.pairs[end - 1]) if self.pairs is not None else 0)
-            if end - start == CHUNK or characters >= CHUNK_CHARACTERS or end == len(self.texts):
-                yield list(self.texts[start:end]), None if self.pairs is None else list(self.pairs[start:end])
-                start, characters = end, 0
+        for start in range(0, len(self.texts), CHUNK):
+            first: list[str] = []
+            second: list[str] = []
+            characters = 0
+            pairs = repeat("") if self.pairs is None else self.pairs[start : start + CHUNK]
+            for text, pair in zip(self.texts[start : start + CHUNK], pairs, strict=False):
+                first.append(text + self.end)
+                second.append(pair)
+                characters += len(text) + len(pair)
+                if characters >= CHUNK_CHARACTERS:
+                    yield first, None if self.pairs is None else second
+                    first, second, characters = [], [], 0
+            if first:
+                yield first, None if self.pairs is None else second
 
     def _by_rust(self, first: list[str], second: list[str] | None) -> tuple[Columns, int]:
         encodings = self.rust.encode_batch_fast(first if second is None else list(zip(first, second, strict=True)))

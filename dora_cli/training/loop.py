@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dora_cli.allocation.verdict import Verdict
 from dora_cli.data.choices import CHOICES
+from dora_cli.data.encoded import Encoded
 from dora_cli.errors import UserError
 from dora_cli.modes import autocast, evaluating
 from dora_cli.training.optim import optimizer_step
@@ -129,22 +131,22 @@ def _blame(session: Session, progress: Progress, hooks: Hooks, step: int, loss: 
     most = session.config.train.max_skipped
     progress.skipped += 1
     what = "gradient" if math.isfinite(loss) else "loss"
-    rows, encoded = session.rows_of(step), session.encoded["train"]
+    rows = session.rows_of(step)
     # One by one: a row with a broken label or value, among others that are fine.
-    guilty = [encoded.place(row) for row in rows if not math.isfinite(_loss_of(session, row))]
-    rows = [encoded.place(row) for row in rows]
-    hooks.skipped({"step": step, "split": SKIPPED, "what": what, "rows": rows, "guilty": guilty})
+    broken = [(block, row) for block, row in rows if not math.isfinite(_loss_of(session, block.encoded, row))]
+    numbers, guilty = ([block.number(row) for block, row in some] for some in (rows, broken))
+    hooks.skipped({"step": step, "split": SKIPPED, "what": what, "rows": numbers, "guilty": guilty})
     if progress.skipped <= most:
         return
     message = f"the {what} is not finite at step {step}, after {most} such steps that were skipped"
     slower = "lower train.learning_rate, or set train.clip_norm; earlier checkpoints are untouched"
     if not guilty:
-        raise UserError(message, where=f"rows of train, each with a finite loss: {_brief(rows)}", hint=slower)
+        raise UserError(message, where=f"rows of train, each with a finite loss: {_brief(numbers)}", hint=slower)
     place = f"rows of train that have no finite loss by themselves: {_brief(guilty)} (from 0)\n"
-    place += f"the first: {session.rows.where('train', guilty[0])}"
+    place += f"the first: {broken[0][0].where(broken[0][1])}"
     if session.config.data.packing:
         place += ", or a document that is packed with it"
-    if len(guilty) == len(rows) and not math.isfinite(_loss_of(session, 0, "validation")):
+    if len(guilty) == len(rows) and not math.isfinite(_loss_of(session, session.encoded["validation"], 0)):
         raise UserError(f"{message}: the run has diverged", where=place, hint=slower)
     raise UserError(
         message,
@@ -157,9 +159,9 @@ def _brief(rows: list[int]) -> str:
     return ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
 
 
-def _loss_of(session: Session, row: int, role: str = "train") -> float:
+def _loss_of(session: Session, encoded: Encoded, row: int) -> float:
     """The loss of one row under the weights as they are, in eval mode."""
-    batch = {k: v.to(session.device) for k, v in session.encoded[role].batch([row]).items()}
+    batch = {k: v.to(session.device) for k, v in encoded.batch([row]).items()}
     with evaluating(session.model), torch.no_grad(), autocast(session.device, session.autocast_dtype):
         return float(session.task.loss(session.model, batch).total)
 
@@ -211,10 +213,11 @@ def _better(session: Session, new: float, old: float) -> bool:
     return old != old or (new > old if session.task.higher_is_better else new < old)
 
 
-def _every(value: int | float | None, total: int, epoch: int) -> int:
-    """Steps between evaluations or checkpoints: as said, a share of the run, or an epoch."""
+def _every(value: int | float | None, total: int, epoch: int | None) -> int:
+    """Steps between evaluations or checkpoints: as said, a share of the run, or an epoch; a tenth of the run where an
+    epoch has no known length."""
     if value is None:
-        return min(epoch, total)
+        return min(ceil(total / 10) if epoch is None else epoch, total)
     return max(1, int(value * total)) if value < 1 else int(value)
 
 

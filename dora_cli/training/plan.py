@@ -52,10 +52,13 @@ def _run(session: Session, out: str) -> dict[str, str]:
 
 def _data(session: Session) -> dict[str, str]:
     lines = {role: _size(rows) for role, rows in session.encoded.items()}
+    if session.stream is not None:
+        lines["train"] = f"streamed, {session.config.data.shuffle_buffer:,} rows at a time, which are shuffled"
     lines |= session.task.facts()
     cut = sum(rows.truncated for rows in session.encoded.values())
     if cut:
         lines["truncated"] = f"{cut:,} rows were longer than data.max_length={session.config.data.max_length} tokens"
+        lines["truncated"] += " (of train, among the first that are streamed)" if session.stream is not None else ""
     return lines
 
 
@@ -182,8 +185,10 @@ def _training(session: Session) -> dict[str, str]:
     train = session.config.train
     rows = train.batch_size * train.accumulation
     warmup = warmup_steps(train.warmup, session.total_steps)
+    per_epoch = session.steps_per_epoch
+    epochs = f" ({session.total_steps / per_epoch:.3g} epochs)" if per_epoch is not None else ""
     return {
-        "steps": f"{session.total_steps:,} of {rows} rows ({session.total_steps / session.steps_per_epoch:.3g} epochs)",
+        "steps": f"{session.total_steps:,} of {rows} rows" + epochs,
         "rate": f"{train.learning_rate:g} {train.scheduler}, {counted(warmup, 'step')} of warm-up, "
         f"weight decay {train.weight_decay:g}, clip {train.clip_norm}",
     }
@@ -198,7 +203,9 @@ def _memory(session: Session) -> str:
 
 def _notes(session: Session) -> list[str]:
     notes = [*session.rows.notes, *session.notes]
-    notes += [f"{role}: {note}" for role, rows in session.encoded.items() for note in rows.notes]
+    first = " (the first that are streamed)" if session.stream is not None else ""
+    for role, rows in session.encoded.items():
+        notes += [f"{role}{first if role == 'train' else ''}: {note}" for note in rows.notes]
     notes += [f"a key from a recipe or preset has no effect: {line}" for line in session.composed.dropped]
     allocation = session.allocation
     warmup = warmup_steps(session.config.train.warmup, session.total_steps)

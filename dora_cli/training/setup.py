@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from dora_cli.data.batching import LengthGroupedBatches, batches
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.packing import pack
 from dora_cli.data.sources import Rows, load_rows
+from dora_cli.data.streaming import BatchStream, Block
 from dora_cli.data.tasks import build_task
 from dora_cli.data.tasks.base import Task
 from dora_cli.errors import UserError
@@ -76,8 +77,9 @@ class Session:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     device: torch.device
     total_steps: int
-    steps_per_epoch: int
-    plan: LengthGroupedBatches
+    steps_per_epoch: int | None  # None where training rows are streamed
+    plan: LengthGroupedBatches  # of ``encoded["train"]``, which is the first buffer of what is streamed
+    stream: BatchStream | None
     masks: Masks | None  # of the adapters' dropout
     siblings: list[Siblings]  # layers that are computed together
     notes: Sequence[str]  # of the start that looked at data, for the plan
@@ -96,15 +98,23 @@ class Session:
         return autocast_dtype(self.config.train.precision)
 
     def micro_batches(self, first: int) -> Iterator[Batch]:
-        """The endless stream of training micro-batches from the ``first``-th on: a function of seed and position."""
-        plan, pin = self.plan.stream(first), self.device.type == "cuda"
+        """The endless stream of training micro-batches from the ``first``-th on: a function of seed and position.
+
+        Where rows are streamed, the position is the stream's own, which a checkpoint holds.
+        """
+        pin = self.device.type == "cuda"
+        if self.stream is not None:
+            return self.stream.batches(pin=pin)
+        plan = self.plan.stream(first)
         return batches(self.encoded["train"], plan, workers=self.config.train.workers, pin=pin)
 
-    def rows_of(self, step: int) -> list[int]:
-        """The training rows of a step."""
+    def rows_of(self, step: int) -> list[tuple[Block, int]]:
+        """The training rows of a step (of a stream, one since the last log), and where each lies."""
         per_step = self.config.train.accumulation
-        stream = self.plan.stream((step - 1) * per_step)
-        return [row for _ in range(per_step) for row in next(stream)]
+        if self.stream is not None:
+            return self.stream.rows_of((step - 1) * per_step, step * per_step)
+        block, stream = Block(self.rows, self.encoded["train"]), self.plan.stream((step - 1) * per_step)
+        return [(block, row) for _ in range(per_step) for row in next(stream)]
 
     def candidates(self) -> list[nn.Parameter]:
         """Every parameter that may have a gradient, in the model's order; looked up only after a change of shapes."""
@@ -161,8 +171,9 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
     check_values(composed, budget)
     device, dtype = pick_device(config.train.device), autocast_dtype(config.train.precision)
 
-    rows = load_rows(config.data, offline=config.offline, seed=config.seed)
-    task = build_task(config.data)
+    buffer = config.data.shuffle_buffer if config.data.streaming else None
+    rows = load_rows(config.data, offline=config.offline, seed=config.seed, stream=buffer)
+    task = build_task(replace(config.data, cache=None) if config.data.streaming else config.data)
     task.fit(rows)
 
     seed_everything(config.seed)
@@ -207,7 +218,8 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)
 
-    steps_per_epoch = ceil(len(plan) / config.train.accumulation)
+    stream = _stream(task, loaded.tokenizer, rows, config) if rows.stream is not None else None
+    steps_per_epoch = ceil(len(plan) / config.train.accumulation) if stream is None else None
     total_steps = config.train.max_steps or ceil(config.train.epochs * len(plan) / config.train.accumulation)
     allocation = Allocation(
         layers,
@@ -245,10 +257,22 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         plan=plan,
+        stream=stream,
         masks=masks,
         siblings=siblings,
         notes=start.notes if start is not None else (),
     )
+
+
+def _stream(task: Task, tokenizer: Any, rows: Rows, config: Config) -> BatchStream:
+    def encode(part: Rows) -> Encoded:
+        task.fit(part)
+        encoded = task.encode(part.splits["train"], tokenizer)
+        return pack(encoded, config.data.max_length) if config.data.packing else encoded
+
+    train = config.train
+    unread = (train.log_every + 1) * train.accumulation  # the loop asks about batches since the last log at most
+    return BatchStream(rows, encode, batch_size=train.batch_size, seed=config.seed, remember=unread)
 
 
 def _packed(

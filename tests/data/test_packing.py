@@ -50,7 +50,6 @@ def test_tokens_labels_and_positions_one_by_one() -> None:
         rows = [encoded[i][name].tolist() for i in range(4)]
         assert packed[0][name].tolist() == rows[1] + rows[0]
         assert packed[1][name].tolist() == rows[3] + rows[2]
-    assert packed.ids == ["d1", "d3"]
     assert [packed.place(i) for i in (0, 1)] == [1, 3]
     assert packed.notes == ["4 documents packed into 2 rows of up to 8 tokens"]
 

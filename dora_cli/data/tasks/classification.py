@@ -99,6 +99,12 @@ class Classification:
         names = class_names(rows.splits[role], column)
         if names is not None:
             return distinct(names)
+        if rows.stream is not None:
+            raise UserError(
+                "the labels can't be read from data that is streamed",
+                where=f"column '{column}' of {rows.source}",
+                hint="list them in data.labels, for example data.labels=[negative,positive]",
+            )
         found: set[str] = set()
         count = 0
         for i, value in enumerate(values(rows.splits[role], column)):

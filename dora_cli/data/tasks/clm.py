@@ -1,7 +1,9 @@
 """Plain text: a model goes on learning to read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.sources import ROW, Rows
@@ -57,7 +59,7 @@ class Clm(CausalTask):
             cache=self.config.cache,
         )
 
-    def _gather(self, rows: Any, tokenizer: Any) -> TokenRows:
+    def _gather(self, rows: Any, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
         gathered, end, place = TokenRows(self.config.max_length), tokenizer.eos_token_id, 0
         for chunk in rows.select_columns([self.columns["text"]]).iter(CHUNK):
             texts = chunk[self.columns["text"]]
@@ -68,4 +70,5 @@ class Clm(CausalTask):
                     window = tokens[start : start + self.config.max_length]
                     gathered.add(window, [True] * len(window), place)
                 place += 1
-        return gathered
+            yield from gathered.full()
+        yield gathered.block()

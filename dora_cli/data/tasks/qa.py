@@ -117,7 +117,7 @@ class QuestionAnswering:
         }
         key, characters = digest_of(rows, columns, tokenizer, settings)
         folder = cache_folder(self.config.cache) if key is not None and characters >= CACHED_FROM else None
-        made = cached(folder, lambda: key or "", lambda: self._windows(rows, tokenizer))
+        made = cached(folder, lambda: key or "", lambda: [self._windows(rows, tokenizer)])
         first = self._splits[-1].first + len(self._splits[-1].rows) if self._splits else 0
         chars = {name: made[name] for name in ("char_starts", "char_ends", "char_offsets")}
         self._splits.append(_Split(rows, first, **chars))

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.sources import ROW, Rows
 from dora_cli.data.tasks.causal import CausalTask
@@ -82,7 +84,7 @@ class Sft(CausalTask):
             cache=self.config.cache,
         )
 
-    def _gather(self, rows: Any, tokenizer: Any) -> TokenRows:
+    def _gather(self, rows: Any, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
         chat = Chat(tokenizer) if self._uses_chat(tokenizer) else None
         gathered = TokenRows(self.config.max_length)
         waiting: list[tuple[Passage, int]] = []
@@ -97,10 +99,11 @@ class Sft(CausalTask):
             if len(waiting) >= CHUNK:
                 _tokenize(waiting, tokenizer, gathered)
                 waiting = []
+                yield from gathered.full()
         _tokenize(waiting, tokenizer, gathered)
         if chat is not None:
             gathered.rewritten, gathered.unopened = chat.rewrites, chat.unopened
-        return gathered
+        yield gathered.block()
 
     def _uses_chat(self, tokenizer: Any) -> bool:
         there = bool(getattr(tokenizer, "chat_template", None))

@@ -88,11 +88,11 @@ def encode_texts(
     rows: Any, columns: dict[str, str], tokenizer: Any, config: TaskChoice, *, scalars: dict[str, Tensor]
 ) -> Encoded:
     """Tokenise a split's text, or its pairs, and name its rows by their id, else by their number in the source."""
-    texts = list(values(rows, columns["text"]))
-    pairs = list(values(rows, columns["text_pair"])) if "text_pair" in columns else None
+    rows = rows.with_format(None)  # columns of it are read when they are looked at
+    texts, pairs = rows[columns["text"]], rows[columns["text_pair"]] if "text_pair" in columns else None
     cache = cache_folder(config.cache)
     encoded = tokenize(texts, pairs, tokenizer, max_length=config.max_length, scalars=scalars, cache=cache)
-    encoded.ids = list(values(rows, columns.get("id", ROW)))
+    encoded.ids = rows[columns.get("id", ROW)]
     return encoded
 
 
