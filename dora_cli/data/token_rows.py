@@ -1,7 +1,7 @@
 """Rows of tokens with labels, for language models: gathered one by one, and kept for later runs."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -42,10 +42,10 @@ class TokenRows:
         self.rewritten = 0  # conversations that became several rows
         self.unopened = 0  # conversations with a turn without the thought that the chat template begins
 
-    def add(self, tokens: Iterable[int], learned: Iterable[bool], place: int) -> None:
+    def add(self, tokens: Sequence[int] | np.ndarray, learned: Sequence[bool] | np.ndarray, place: int) -> None:
         """One row: its tokens, which of them are learned, and its number in the split."""
-        row = np.fromiter(tokens, np.int32)
-        labels = np.where(np.fromiter(learned, bool, len(row)), row, IGNORED).astype(np.int32)
+        row = np.array(tokens, dtype=np.int32)
+        labels = np.where(np.asarray(learned, dtype=bool), row, np.int32(IGNORED))
         if len(row) > self.max_length:
             row, labels = row[: self.max_length], labels[: self.max_length]
             self.truncated += 1

@@ -114,6 +114,15 @@ def rust_of(tokenizer: Any) -> Any:
     return rust
 
 
+def token_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of each text, special ones included, none cut."""
+    rust = rust_of(tokenizer)
+    if rust is None:
+        ids: list[list[int]] = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        return ids
+    return [encoding.ids for encoding in rust.encode_batch_fast(texts)]
+
+
 def _empty_row(tokenizer: Any, pads: dict[str, int]) -> dict[str, list[int]]:
     """What stands for a text without any token: it still needs one to be read at."""
     ends = (tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.pad_token_id)

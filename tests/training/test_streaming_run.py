@@ -28,7 +28,11 @@ def test_resuming_gives_the_same_bits(dora_train: Train, unplugged: Callable[...
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
     unplugged(7, *words, f"out={tmp_path}/cut")
     state = json.loads((tmp_path / "cut/checkpoints/step-00000007/state.json").read_text())["stream"]
-    assert state["count"] == 14 and (state["buffer"], state["row"], state["taken"]) == (2, 0, 2)  # in the second pass over 96 rows
+    assert state["count"] == 14 and (state["buffer"], state["row"], state["taken"]) == (
+        2,
+        0,
+        2,
+    )  # in the second pass over 96 rows
     assert dora_train(*words, f"out={tmp_path}/cut", "resume=true") == 0
     assert records(tmp_path / "whole") == records(tmp_path / "cut")
     one, other = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("whole", "cut"))
@@ -61,7 +65,14 @@ def test_a_row_without_a_finite_loss_is_found_in_its_buffer(
     path = tmp_path / "numbers.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["data.task=regression", "data.streaming=true", "data.shuffle_buffer=30", f"data.path={path}"]
-    words += ["data.max_eval_samples=4", "data.metrics=[mse]", "method=lora", "budget=r1", "train.max_steps=14", "train.max_skipped=0"]
+    words += [
+        "data.max_eval_samples=4",
+        "data.metrics=[mse]",
+        "method=lora",
+        "budget=r1",
+        "train.max_steps=14",
+        "train.max_skipped=0",
+    ]
     assert dora_train(*words) == 2
     assert f"the first: {path}, line 78" in capsys.readouterr().err
 
@@ -74,7 +85,9 @@ def test_an_evaluation_takes_the_rows_that_were_held_out(dora_train: Train, data
     said = [json.loads(line) for line in (run / "predictions-validation.jsonl").read_text().splitlines()]
     assert [row["id"] for row in said] == list(range(10))
     found = json.loads((run / "eval-validation.json").read_text())["metrics"]
-    assert found["loss"] == pytest.approx(json.loads((run / "summary.json").read_text())["metrics"]["validation"]["loss"])
+    assert found["loss"] == pytest.approx(
+        json.loads((run / "summary.json").read_text())["metrics"]["validation"]["loss"]
+    )
     assert dora_eval([f"checkpoint={run}", "split=train"]) == 2
 
 

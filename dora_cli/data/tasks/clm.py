@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from dora_cli.data.encoded import Encoded
@@ -10,6 +11,7 @@ from dora_cli.data.sources import ROW, Rows
 from dora_cli.data.tasks.causal import CausalTask
 from dora_cli.data.tasks.text import check_texts
 from dora_cli.data.token_rows import TokenRows, encoded_rows
+from dora_cli.data.tokens import token_ids
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
 
@@ -63,12 +65,13 @@ class Clm(CausalTask):
         gathered, end, place = TokenRows(self.config.max_length), tokenizer.eos_token_id, 0
         for chunk in rows.select_columns([self.columns["text"]]).iter(CHUNK):
             texts = chunk[self.columns["text"]]
-            for tokens in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
-                if end is not None and tokens[-1:] != [end]:
-                    tokens = [*tokens, end]
+            for ids in token_ids(texts, tokenizer):
+                if end is not None and ids[-1:] != [end]:
+                    ids.append(end)
+                tokens = np.array(ids, dtype=np.int32)
                 for start in range(0, max(len(tokens) - 1, 1), max(self.config.max_length - 1, 1)):
                     window = tokens[start : start + self.config.max_length]
-                    gathered.add(window, [True] * len(window), place)
+                    gathered.add(window, np.ones(len(window), dtype=bool), place)
                 place += 1
             yield from gathered.full()
         yield gathered.block()
