@@ -5,9 +5,9 @@
 Writes a set of made-up texts into DIR (kept: delete it afterwards, also DIR/cache, which takes about three times as
 much) and trains a tiny decoder on it through the real command: `mapped` reads, tokenises and maps it, `again` finds the
 tokens of `mapped`, `streamed` streams it; `pass` reads, tokenises and batches all of it as a stream, without a model,
-since training on all of it would take hours. What counts is memory that can't be given back: RssAnon of /proc/PID/status.
-Pages of mapped files (RssFile) stand beside it; the system takes those back when it likes. A run with more than --limit
-MiB is ended. (RLIMIT_DATA would count what was only reserved, and private maps; a control group needs root.)
+since training on all of it would take hours. What counts is memory that can't be given back, RssAnon of
+/proc/PID/status. Pages of mapped files (RssFile) stand beside it; the system takes those back when it likes. A run with
+more than --limit MiB is ended.
 """
 
 import argparse
