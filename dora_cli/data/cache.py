@@ -102,7 +102,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-    forget(path.parent, but=path)
+    with suppress(OSError):
+        forget(path.parent, but=path)
 
 
 def _partial(path: Path) -> Path:

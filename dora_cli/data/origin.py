@@ -173,8 +173,7 @@ def rows_at_start(config: DataChoice, why: str) -> int:
     if config.max_eval_samples is None:
         raise UserError(
             f"data.streaming=true needs data.max_eval_samples=N: {why}",
-            where="the first N rows validate" + ("" if config.path is None else ", and training begins after them"),
-            hint="say how many, for example data.max_eval_samples=500, or give the data a validation split",
+            hint="say how many of its first rows validate, for example data.max_eval_samples=500",
         )
     return config.max_eval_samples
 
