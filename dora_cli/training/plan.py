@@ -6,14 +6,13 @@ from typing import Any
 
 from dora_cli.adapters.base import AdapterLayer, linear_shape
 from dora_cli.data.encoded import Encoded
-from dora_cli.data.tasks.ner import Ner
+from dora_cli.training.examples import examples
 from dora_cli.training.memory import NoEstimate, estimate
 from dora_cli.training.optim import warmup_steps
 from dora_cli.training.setup import Session
 
 CPU_INFO = Path("/proc/cpuinfo")  # Linux
 
-EXAMPLE_TOKENS = 400  # of a row that are shown
 
 Sections = dict[str, dict[str, str]]
 
@@ -31,7 +30,7 @@ def describe(session: Session, out: str) -> Sections:
     sections["training"] = _training(session)
     if session.config.dry_run:
         sections["training"]["memory"] = _memory(session)
-        sections["examples"] = _examples(session)
+        sections["examples"] = examples(session)
     notes = _notes(session)
     if notes:
         sections["note"] = {str(i): text for i, text in enumerate(notes, start=1)}
@@ -66,62 +65,6 @@ def _size(encoded: Encoded) -> str:
     if encoded.windows_of is None:
         return f"{len(encoded):,} rows"
     return f"{encoded.windows_of:,} rows in {len(encoded):,} windows, which batches count as rows"
-
-
-def _examples(session: Session) -> dict[str, str]:
-    """Two rows as the model will see them: every token, in brackets where it is learned, and the other columns."""
-    encoded = session.encoded["train"]
-    if encoded.windows_of is not None:
-        return _windows(session, encoded)
-    lines = {}
-    for number in range(min(2, len(encoded))):
-        example = encoded[number]
-        words = session.tokenizer.convert_ids_to_tokens(example["input_ids"].tolist())
-        facts = [f"{len(words):,} tokens"]
-        if "labels" in encoded.ragged:
-            labels = example["labels"].tolist()
-            tags = session.task.labels if isinstance(session.task, Ner) else None  # else a token is its own label
-            facts[0] += f", {sum(label >= 0 for label in labels):,} learned (in brackets)"
-            words = [_marked(word, label, tags) for word, label in zip(words, labels, strict=True)]
-        facts += [f"{name} {example[name].tolist()}" for name in encoded.scalars]
-        parts = encoded.parts(number)
-        texts = [_shortened(words[part], EXAMPLE_TOKENS // len(parts)) for part in parts]
-        lines[f"row {encoded.place(number) + 1}"] = "\n".join(["; ".join(facts), *texts])
-        if encoded.target is not None:
-            words = session.tokenizer.convert_ids_to_tokens(example["labels"].tolist())
-            text = _shortened([f"[{word}]" for word in words], EXAMPLE_TOKENS)
-            lines[f"→ row {encoded.place(number) + 1}"] = f"{len(words):,} tokens, learned (in brackets)\n{text}"
-    return lines
-
-
-def _marked(word: str, label: int, tags: list[str] | None) -> str:
-    """A token, in brackets where it is learned, with its tag where tags are what is learned."""
-    if label < 0:
-        return word
-    return f"[{word}]" if tags is None else f"[{word} {tags[label]}]"
-
-
-def _shortened(words: list[str], most: int) -> str:
-    return " ".join(words[:most]) + (f" … and {len(words) - most:,} more" if len(words) > most else "")
-
-
-def _windows(session: Session, encoded: Encoded) -> dict[str, str]:
-    """A window with its answer in brackets, and one without, in which the position that stands for none is."""
-    none = encoded.scalars["end"] == encoded.scalars["null"]
-    lines: dict[str, str] = {}
-    for number in sorted(int(kind.nonzero()[0]) for kind in (none, ~none) if kind.any()):
-        example = encoded[number]
-        start, end, null = (int(example[name]) for name in ("start", "end", "null"))
-        words = session.tokenizer.convert_ids_to_tokens(example["input_ids"].tolist())
-        words[start] = f"[{words[start]}"
-        words[end] += "]"
-        what = "no answer in it: what stands for none" if end == null else "the answer"
-        shown = " ".join(words[:EXAMPLE_TOKENS])
-        more = f" … and {len(words) - EXAMPLE_TOKENS:,} more" if len(words) > EXAMPLE_TOKENS else ""
-        name = f"row {encoded.place(number) + 1}"
-        name = f"{name} (2)" if name in lines else name  # another window of it
-        lines[name] = f"{len(words):,} tokens; {what} in brackets\n{shown}{more}"
-    return lines
 
 
 def _model(session: Session) -> dict[str, str]:
