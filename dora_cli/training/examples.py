@@ -1,5 +1,7 @@
 """Two rows as the model will see them, for the plan: every token, and in brackets what is learned."""
 
+from typing import Any, cast
+
 from torch import Tensor
 
 from dora_cli.training.setup import Session
@@ -10,7 +12,7 @@ MOST = 400  # tokens of a row that are shown
 def examples(session: Session) -> dict[str, str]:
     """Name → text, several lines: the tokens of a row, what is learned of it, and its other columns."""
     encoded = session.encoded["train"]
-    numbers = range(min(2, len(encoded)))
+    numbers = list(range(min(2, len(encoded))))
     if encoded.windows_of is not None:  # one with its answer, one without
         none = encoded.scalars["end"] == encoded.scalars["null"]
         numbers = sorted(int(kind.nonzero()[0]) for kind in (none, ~none) if kind.any())
@@ -28,13 +30,13 @@ def examples(session: Session) -> dict[str, str]:
 
 
 def _row(session: Session, number: int) -> str:
-    encoded = session.encoded["train"]
+    encoded, task = session.encoded["train"], cast(Any, session.task)
     example = encoded[number]
     words = _tokens(session, example["input_ids"])
     facts = [f"{len(words):,} tokens"]
     if "labels" in encoded.ragged:
         labels = example["labels"].tolist()
-        tags = session.task.labels if session.task.kind == "tags" else None  # else a token is its own label
+        tags = task.labels if task.kind == "tags" else None  # else a token is its own label
         facts[0] += f", {sum(label >= 0 for label in labels):,} learned (in brackets)"
         words = [_marked(word, label, tags) for word, label in zip(words, labels, strict=True)]
     facts += [f"{name} {example[name].tolist()}" for name in encoded.scalars]
