@@ -4,6 +4,7 @@ and one thread, since tiny tensors gain from no more.
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,13 @@ def stack() -> Callable[..., Stack]:
 @pytest.fixture(scope="session")
 def tiny() -> Any:
     """``scripts/faults/tiny.py``, which makes the model and the data."""
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "scripts" / "faults" / "tiny.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _file(Path(__file__).parents[1] / "scripts" / "faults" / "tiny.py")
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> Any:
+    """``tests/tiny_models.py``: every architecture, tiny."""
+    return _file(Path(__file__).with_name("tiny_models.py"))
 
 
 @pytest.fixture(scope="session")
@@ -112,3 +115,38 @@ def save_decoder() -> Callable[..., Path]:
         return folder
 
     return save
+
+
+class Unplugged(BaseException):
+    """The plug is pulled."""
+
+
+@pytest.fixture
+def unplugged_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which a training run ends with no word as soon as its checkpoint at a step is written."""
+
+    @contextmanager
+    def unplug(step: int) -> Iterator[None]:
+        from dora_cli.cli import train_run
+
+        real = train_run.save_checkpoint
+
+        def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
+            path = real(folder, at, *args, **kwargs)
+            if at == step:
+                raise Unplugged
+            return path
+
+        with monkeypatch.context() as patch, pytest.raises(Unplugged):
+            patch.setattr(train_run, "save_checkpoint", save)
+            yield
+
+    return unplug
+
+
+def _file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

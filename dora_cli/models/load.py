@@ -134,6 +134,15 @@ def find_heads(model: Any, missing: list[str]) -> list[str]:
 
 def position_limit(model: Any) -> int | None:
     """The longest input in tokens that the learned absolute positions allow; ``None`` for other kinds of positions."""
+    table = _position_table(model)
+    if table is None:
+        return None
+    positions: int = model.config.max_position_embeddings
+    # RoBERTa counts positions from its padding index + 1.
+    return positions if table.padding_idx is None else positions - table.padding_idx - 1
+
+
+def _position_table(model: Any) -> nn.Embedding | None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return None
@@ -142,8 +151,7 @@ def position_limit(model: Any) -> int | None:
         # OPT and BART keep two rows more than they can use; relative and rotary positions have no such table.
         is_table = isinstance(module, nn.Embedding) and module.num_embeddings in (positions, positions + 2)
         if is_table and module is not words and ("position" in name.rpartition(".")[2] or name.endswith("wpe")):
-            # RoBERTa counts positions from its padding index + 1.
-            return positions if module.padding_idx is None else positions - module.padding_idx - 1
+            return module
     return None
 
 
@@ -203,6 +211,13 @@ def _fit_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
         if tokenizer.eos_token is None:
             raise UserError(f"model.name={name}: its tokenizer has neither a pad token nor an end token to pad with")
         tokenizer.pad_token = tokenizer.eos_token
+    table = _position_table(model)
+    if table is not None and table.padding_idx not in (None, tokenizer.pad_token_id):
+        raise UserError(
+            f"model.name={name}: its tokenizer pads with token {tokenizer.pad_token_id}, "
+            f"but the model counts positions by padding of token {table.padding_idx}",
+            hint="tokenizer and weights must belong together",
+        )
     # Decoder classifiers read the last token that is not this one.
     model.config.pad_token_id = tokenizer.pad_token_id
 

@@ -18,7 +18,8 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] | None, exclude:
     """Full names of the target modules, in model order, each once (layers shared between depths appear once).
 
     Candidates are the linear layers (``nn.Linear``, GPT-2's ``Conv1D``) inside the transformer layers, that is below an
-    ``nn.ModuleList``: never embeddings, their projections, a pooler, a head, or a weight tied to an embedding.
+    ``nn.ModuleList``: never embeddings, their projections, a pooler, a head, a weight tied to an embedding, or a gate
+    with a single output. Experts that a mixture holds as one tensor are no linear layers.
 
     Args:
         model: a transformers model.
@@ -62,6 +63,7 @@ def _candidates(model: nn.Module, exclude: Collection[str]) -> list[str]:
         if is_linear(module)
         and name.startswith(layers)
         and id(module.weight) not in tied
+        and 1 not in module.weight.shape  # all of it is one component: the gate of a mixture's shared expert
         and not _excluded(name, exclude)
     ]
 
@@ -106,6 +108,9 @@ def _require_adaptable(name: str, model: nn.Module, exclude: Collection[str]) ->
 def _why_nothing(pattern: str, model: nn.Module, exclude: Collection[str]) -> str:
     """What a pattern that chose no candidate did meet, if anything."""
     met = [name for name, _ in model.named_modules() if name.endswith(f".{pattern}")]
+    experts = [n for n, p in model.named_parameters() if p.dim() == 3 and ".experts." in n]
+    if experts and (pattern == "mlp" or any(n.endswith(f".{pattern}") for n in experts)):
+        return f"means the experts of a mixture, tensors such as '{experts[0]}', and adapters are for linear layers"
     if not met:
         return "matches no linear layer inside the transformer layers"
     if _excluded(met[0], exclude):

@@ -125,10 +125,19 @@ def test_learned_positions_limit_the_length(save_base, kind, limit):
 def test_roberta_spends_positions_on_its_padding(save_base):
     loaded = load(save_base("roberta"))
     limit = position_limit(loaded.model)
-    assert limit == 38
+    assert limit == 39
     assert loaded.model(input_ids=torch.full((1, limit), 5)).logits.shape == (1, 3)
     with pytest.raises((IndexError, RuntimeError)):
         loaded.model(input_ids=torch.full((1, limit + 1), 5))
+
+
+def test_roberta_with_another_padding_is_refused(save_base):
+    """Its tokenizer's padding would be counted as words, and a merged model would count otherwise."""
+    folder = save_base("roberta")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 1}))
+    with pytest.raises(UserError, match="pads with token 0, but the model counts positions by padding of token 1"):
+        load(folder)
 
 
 def test_inputs_longer_than_the_positions_are_refused(save_base):

@@ -139,6 +139,20 @@ def test_a_weight_tied_to_an_embedding_is_never_a_target(build):
         find_targets(model, "layers.0", [])
 
 
+def test_experts_and_single_gates_are_no_targets_and_say_why(configs):
+    from transformers import AutoModelForCausalLM
+
+    moe = AutoModelForCausalLM.from_config(configs("qwen2_moe"))
+    targets = find_targets(moe, None, [])
+    assert "model.layers.0.mlp.shared_expert.up_proj" in targets
+    assert not [t for t in targets if "experts." in t or t.endswith("gate")]
+    assert find_targets(moe, "model.layers.0.mlp.shared_expert_gate", [])  # by its full name
+    mixtral = AutoModelForCausalLM.from_config(configs("mixtral"))
+    for pattern in ("mlp", "gate_up_proj"):
+        with pytest.raises(UserError, match=r"means the experts of a mixture, tensors such as 'model\.layers\.0\.mlp"):
+            find_targets(mixtral, pattern, [])
+
+
 def test_a_model_without_layers_says_so():
     with pytest.raises(UserError, match="no linear layers inside transformer layers"):
         find_targets(nn.Sequential(nn.Linear(2, 2)), None, [])

@@ -1,16 +1,11 @@
 """The real command, on the tiny model and data of tests/conftest.py."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from dora_cli.cli import train_run
-
-
-class Unplugged(BaseException):
-    """The plug is pulled."""
 
 
 @pytest.fixture
@@ -38,21 +33,13 @@ def dora_train(model_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[...,
 
 
 @pytest.fixture
-def unplugged(dora_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def unplugged(
+    dora_train: Callable[..., int], unplugged_at: Callable[[int], AbstractContextManager[None]]
+) -> Callable[..., None]:
     """Run the command until the checkpoint at a step is written, and pull the plug there."""
 
     def run(step: int, *overrides: str) -> None:
-        real = train_run.save_checkpoint
-
-        def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
-            path = real(folder, at, *args, **kwargs)
-            if at == step:
-                raise Unplugged
-            return path
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train_run, "save_checkpoint", save)
-            with pytest.raises(Unplugged):
-                dora_train(*overrides)
+        with unplugged_at(step):
+            dora_train(*overrides)
 
     return run
