@@ -35,7 +35,7 @@ def inject(model: nn.Module, targets: Sequence[str], part: Part, ranks: Sequence
     """
     layers: dict[str, AdapterLayer] = {}
     for name, rank in zip(targets, ranks, strict=True):
-        parent, child = _locate(model, name)
+        parent, child = locate(model, name)
         base = getattr(parent, child)
         if isinstance(base, AdapterLayer):
             raise UserError(f"module '{name}' already has an adapter")
@@ -48,7 +48,7 @@ def inject(model: nn.Module, targets: Sequence[str], part: Part, ranks: Sequence
 
 def remove(model: nn.Module, name: str) -> None:
     """Put the base layer of an adapted module back in its place."""
-    parent, child = _locate(model, name)
+    parent, child = locate(model, name)
     layer = getattr(parent, child)
     if isinstance(layer, AdapterLayer):
         setattr(parent, child, layer.base_layer)
@@ -92,7 +92,7 @@ def _members(layers: Mapping[str, AdapterLayer], *, trainable: bool = True) -> d
     return members
 
 
-def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Parent module and attribute name of the module called ``name``."""
     parent_name, _, child = name.rpartition(".")
     try:

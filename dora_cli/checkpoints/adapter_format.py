@@ -23,6 +23,7 @@ WEIGHTS = "adapter_model.safetensors"
 METHOD = "method.json"
 STATE = "method_state.safetensors"
 PREFIX = "base_model.model."  # PEFT's two wrappers around the model
+TOKENS = "token_adapter.trainable_tokens_delta"  # whole rows, whatever PEFT calls them
 SQUARE = "mora_M"  # the square's name below its module's
 
 
@@ -85,6 +86,21 @@ class Square:
         return self.m.shape[0]
 
 
+@dataclass(eq=False)
+class TokenRows:
+    """New rows of an embedding (or of an output layer): those of some tokens.
+
+    Attributes:
+        name: full module name.
+        ids: the tokens.
+        rows: shape ``(len(ids), d)``; they take the place of the base's, or follow on them.
+    """
+
+    name: str
+    ids: list[int]
+    rows: Tensor
+
+
 def write_adapter(
     folder: str | os.PathLike[str],
     *,
@@ -97,6 +113,8 @@ def write_adapter(
     method: Mapping[str, Any],
     state: Mapping[str, Tensor] | None = None,
     revision: str | None = None,
+    tokens: Sequence[TokenRows] = (),
+    tokenizer: Any = None,
 ) -> None:
     """Write low-rank updates and trained heads as a PEFT LoRA adapter whose scale is 1 in every module.
 
@@ -115,6 +133,8 @@ def write_adapter(
             ``model_config`` (the configuration as trained) from it.
         state: tensors for ``method_state.safetensors``: scores, gates, history.
         revision: branch, tag or commit of the base on the hub.
+        tokens: rows of new tokens, PEFT's ``trainable_token_indices``.
+        tokenizer: the one that knows them, saved beside (``save_pretrained``); null for the base's own.
     """
     _check(modules)
     decomposed = isinstance(modules[0], WeightDecomposed)
@@ -142,14 +162,17 @@ def write_adapter(
         "use_dora": decomposed,
         "init_lora_weights": True,
     }
+    if tokens:  # a key that PEFT before 0.15 does not know
+        config["trainable_token_indices"] = {rows.name: rows.ids for rows in tokens}
     tensors = {}
     for module in kept:
         tensors[f"{PREFIX}{module.name}.lora_A.weight"] = module.a.float()
         tensors[f"{PREFIX}{module.name}.lora_B.weight"] = module.b.float()
         if isinstance(module, WeightDecomposed):
             tensors[f"{PREFIX}{module.name}.lora_magnitude_vector"] = module.magnitude.float()
+    tensors |= {f"{PREFIX}{rows.name}.{TOKENS}": rows.rows.float() for rows in tokens}
     tensors |= {PREFIX + name: tensor for name, tensor in head.items()}
-    _write(Path(folder), config, tensors, {**method, "export": export}, state)
+    _write(Path(folder), config, tensors, {**method, "export": export}, state, tokenizer)
 
 
 def write_full(
@@ -266,6 +289,7 @@ def _write(
     tensors: Mapping[str, Tensor],
     method: Mapping[str, Any],
     state: Mapping[str, Tensor] | None,
+    tokenizer: Any = None,
 ) -> None:
     with atomic_folder(path, replace=True) as folder:
         save_tensors(folder / WEIGHTS, tensors)
@@ -273,4 +297,6 @@ def _write(
         atomic_write_text(folder / METHOD, json.dumps(dict(method), indent=2))
         if state:
             save_tensors(folder / STATE, state)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         write_manifest(folder)

@@ -8,9 +8,12 @@ from torch import nn
 from dora_cli.adapters.base import AdapterLayer, LowRankLayer, is_transposed, linear_shape
 from dora_cli.adapters.lora import LoraLayer
 from dora_cli.adapters.mora import RotationLayer
+from dora_cli.adapters.token_rows import TokenRows
 from dora_cli.adapters.weight_decomposed import WeightDecomposedLayer
 from dora_cli.checkpoints.adapter_format import LowRank, Square, WeightDecomposed
 from dora_cli.checkpoints.peft_io import AdapterFile
+from dora_cli.checkpoints.safetensors_io import read_tensor
+from dora_cli.checkpoints.token_rows import TokenUpdate
 from dora_cli.errors import UserError
 
 
@@ -21,6 +24,16 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile) -> None:
         UserError: something in the adapter matches nothing in the model, or has another shape.
     """
     _load_values(model, {**adapter.head, **adapter.replaced}, adapter)
+    for name, tokens in adapter.tokens.items():
+        weight: torch.Tensor = _module(model, name, adapter).weight  # type: ignore[assignment]
+        if weight.shape[0] <= max(tokens.ids) or weight.shape[1:] != tokens.rows.shape[1:]:
+            raise UserError(
+                f"the adapter does not fit the base: '{name}' has the shape {list(weight.shape)}",
+                where=f"{adapter.folder} has embeddings of the tokens {tokens.ids[:5]}",
+                hint="give the base that the adapter was trained on, with base=",
+            )
+        with torch.no_grad():
+            weight[tokens.ids] = read_tensor(tokens.rows).to(weight)
     for name, update in adapter.modules.items():
         base = _module(model, name, adapter)
         shape = linear_shape(base)
@@ -44,6 +57,8 @@ def start_from(layers: Mapping[str, AdapterLayer], model: nn.Module, adapter: Ad
     Raises:
         UserError: a kind of adapter that can't be a start, a module that is not adapted here, or one too large.
     """
+    for name, tokens in adapter.tokens.items():
+        _start_rows(model, name, tokens, adapter)
     filled = 0
     for name, update in adapter.modules.items():
         layer = layers.get(name)
@@ -67,6 +82,17 @@ def start_from(layers: Mapping[str, AdapterLayer], model: nn.Module, adapter: Ad
     fitting = {n: t for n, t in adapter.head.items() if shapes.get(n) == t.shape}
     _load_values(model, fitting, adapter)  # another number of labels needs a head of its own
     return filled
+
+
+def _start_rows(model: nn.Module, name: str, tokens: TokenUpdate, adapter: AdapterFile) -> None:
+    mine = _module(model, name, adapter)
+    if not isinstance(mine, TokenRows) or mine.ids.tolist() != tokens.ids:
+        raise UserError(
+            f"adapter.init_from={adapter.folder}: it has embeddings of new tokens, and here they are not the same",
+            hint=f"set model.add_tokens={adapter.method.get('added_tokens', 'the tokens it was trained with')}",
+        )
+    with torch.no_grad():
+        mine.rows.copy_(read_tensor(tokens.rows))
 
 
 def _layer(base: nn.Module, update: LowRank | Square) -> AdapterLayer:

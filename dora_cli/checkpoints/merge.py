@@ -44,6 +44,7 @@ class MergeReport:
         kind: the adapter's type, as in its ``peft_type``.
         ranks: adapted module → rank that was added, 0 included; the square's side for ``MORA``.
         head: parameters that were trained in full and written as they are.
+        tokens: how many tokens got embeddings of their own.
         left_out: tensors of the base that the merged model's class does not have.
         bytes: of all written tensors.
     """
@@ -53,6 +54,7 @@ class MergeReport:
     kind: str
     ranks: dict[str, int]
     head: list[str]
+    tokens: int
     left_out: list[str]
     bytes: int
     shards: int
@@ -103,6 +105,8 @@ def merge(
     pieces, left_out = plan_merge(adapter, model, OUTPUT_DTYPES[dtype])
     head_shapes = {name: entry.shape for name, entry in adapter.head.parts.items()}
     config = merged_config(adapter, model, OUTPUT_DTYPES[dtype] or model.dtype, head_shapes)
+    if adapter.tokens:
+        config["vocab_size"] = max(piece.shape[0] for piece in pieces if piece.tokens)
     shards = _shards(pieces, limit)
     total = sum(piece.nbytes for piece in pieces)
     _require_space(out, total)
@@ -118,6 +122,7 @@ def merge(
         kind=adapter.kind,
         ranks={update.name: update.rank for update in adapter.modules.parts.values()},
         head=sorted([*adapter.head, *adapter.replaced]),
+        tokens=max((len(rows.ids) for rows in adapter.tokens.values()), default=0),
         left_out=left_out,
         bytes=total,
         shards=len(shards),
@@ -159,7 +164,7 @@ def _write_shards(folder: Path, shards: list[list[Piece]], total: int) -> None:
     for name, pieces in zip(names, shards, strict=True):
         # wider types first, so that every tensor lies aligned to its type
         pieces = sorted(pieces, key=lambda piece: -DTYPES[piece.dtype].itemsize)
-        starts = write_header(folder / name, ((piece.name, piece.dtype, piece.source.shape) for piece in pieces))
+        starts = write_header(folder / name, ((piece.name, piece.dtype, piece.shape) for piece in pieces))
         places += [(piece, folder / name, starts[piece.name]) for piece in pieces]
     with _one_thread_each() as workers:
         for done in [workers.submit(write_piece, *place) for place in places]:

@@ -9,6 +9,7 @@ from dora_cli.checkpoints.merged_config import architecture, base_architecture, 
 from dora_cli.checkpoints.names import model_names
 from dora_cli.checkpoints.peft_io import AdapterFile, SquareUpdate, Update
 from dora_cli.checkpoints.safetensors_io import FLOATS, Entry
+from dora_cli.checkpoints.token_rows import TokenUpdate
 from dora_cli.checkpoints.weights import Piece
 from dora_cli.errors import UserError
 
@@ -26,7 +27,8 @@ def plan_merge(adapter: AdapterFile, base: Base, dtype: str | None) -> tuple[lis
     whole = {**adapter.replaced.parts, **adapter.head.parts}
     noted = adapter.method.get("base_model_prefix")
     prefix = noted if isinstance(noted, str) and noted else None
-    names = model_names(base.entries, [*updates, *adapter.replaced], prefix, str(base.folder))
+    tokens = _token_rows(adapter, base)
+    names = model_names(base.entries, [*updates, *adapter.replaced, *tokens], prefix, str(base.folder))
     sources = {name: base.entries[key] for key, name in names.items()}
     _require_fit(adapter, base, sources)
     left_out = _pretraining_head(adapter, base, sources, prefix) - whole.keys()
@@ -40,10 +42,17 @@ def plan_merge(adapter: AdapterFile, base: Base, dtype: str | None) -> tuple[lis
             update = partial(adapter.modules.read, replace(updates[name], transposed=transposed[name]))
             pieces.append(Piece(name, entry, _written(entry, dtype), update))
         elif name not in left_out:
-            pieces.append(Piece(name, entry, _written(entry, dtype)))
+            pieces.append(Piece(name, entry, _written(entry, dtype), tokens=tokens.get(name)))
     new = {name: entry for name, entry in whole.items() if name not in sources}
     pieces += [Piece(name, entry, _written(entry, dtype), checked=True) for name, entry in new.items()]
     return pieces, sorted(left_out)
+
+
+def _token_rows(adapter: AdapterFile, base: Base) -> dict[str, TokenUpdate]:
+    """Parameter name → its new rows, without those of a tied output: PEFT saves them too, the base does not have it."""
+    there = {key.split(".")[-2] for key in base.entries if key.endswith(".weight")}
+    tokens = {name: rows for name, rows in adapter.tokens.items() if name.rpartition(".")[2] in there}
+    return {f"{name}.weight": rows for name, rows in (tokens or adapter.tokens).items()}
 
 
 def _written(entry: Entry, dtype: str | None) -> str:
@@ -61,6 +70,8 @@ def _require_fit(adapter: AdapterFile, base: Base, sources: Mapping[str, Entry])
     for name, new in adapter.replaced.parts.items():
         if sources[name].shape != new.shape:
             raise _misfit(base, sources[name], new.shape)
+    for name, rows in _token_rows(adapter, base).items():
+        _require_rows(adapter, base, sources[name], rows)
     touched = [f"{module}.weight" for module in adapter.modules]
     # A tensor that is both embeddings and is replaced whole is still both; stored twice it would be one of them.
     replaced = [name for name in adapter.replaced if len(_alike(base, sources[name])) > 1]
@@ -71,6 +82,21 @@ def _require_fit(adapter: AdapterFile, base: Base, sources: Mapping[str, Entry])
                 where="the adapter changes only one of the two, and a merged model could not",
                 hint="save the base with tie_word_embeddings=false, or keep the adapter apart from it",
             )
+
+
+def _require_rows(adapter: AdapterFile, base: Base, entry: Entry, tokens: TokenUpdate) -> None:
+    """Rows of the base's width; of those that follow on the base's none is missing; and nothing else changes it."""
+    if len(entry.shape) != 2 or entry.shape[1] != tokens.rows.shape[1]:
+        raise _misfit(base, entry, tokens.rows.shape)
+    new = sorted(i for i in tokens.ids if i >= entry.shape[0])
+    if new != list(range(entry.shape[0], entry.shape[0] + len(new))):
+        raise UserError(
+            f"the adapter does not fit the base {base.folder}",
+            where=f"'{entry.name}' has {entry.shape[0]} rows there, and the adapter follows on with {new[:5]}",
+            hint="name the model it was trained on with base=",
+        )
+    if tokens.name in adapter.modules.parts or f"{tokens.name}.weight" in (*adapter.head, *adapter.replaced):
+        raise UserError(f"{adapter.folder} changes '{tokens.name}' twice", hint="merge this adapter with PEFT itself")
 
 
 def _misfit(base: Base, entry: Entry, shape: tuple[int, ...]) -> UserError:

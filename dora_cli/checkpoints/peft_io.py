@@ -27,6 +27,8 @@ from dora_cli.checkpoints.adapter_format import (
 from dora_cli.checkpoints.json_io import read_json, strings, take
 from dora_cli.checkpoints.manifest import verify_if_listed
 from dora_cli.checkpoints.safetensors_io import FLOATS, Entry, read_header, read_tensor, require_finite
+from dora_cli.checkpoints.token_rows import KEY as TOKEN_KEY
+from dora_cli.checkpoints.token_rows import TokenUpdate, take_tokens
 from dora_cli.errors import UserError
 
 Part = TypeVar("Part")
@@ -101,6 +103,7 @@ class AdapterFile:
             shapes decide in a merge.
         head: parameter name → tensor of what was trained in full; the base may lack it or hold another shape.
         replaced: parameter name → tensor that takes the place of a parameter of the base (``FULL``).
+        tokens: full module name → where its rows of new tokens lie.
         method: ``method.json``; empty for PEFT's own files.
     """
 
@@ -113,6 +116,7 @@ class AdapterFile:
     revision: str | None
     task_type: str | None
     method: dict[str, Any]
+    tokens: dict[str, TokenUpdate]
 
 
 def read_adapter(path: Path) -> AdapterFile:
@@ -137,6 +141,7 @@ def read_adapter(path: Path) -> AdapterFile:
             hint="load it once with PEFT and save it again: save_pretrained writes safetensors",
         )
     entries = read_header(folder / WEIGHTS)
+    tokens = take_tokens(config, entries, file)
     modules, head, replaced = READERS[kind](config, entries, file)
     return AdapterFile(
         folder=folder,
@@ -148,6 +153,7 @@ def read_adapter(path: Path) -> AdapterFile:
         revision=take(config, "revision", str, file, None),
         task_type=take(config, "task_type", str, file, None),
         method=read_json(folder / METHOD) if (folder / METHOD).is_file() else {},
+        tokens=tokens,
     )
 
 
@@ -172,7 +178,7 @@ COMMON = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "fan_in_fan_out",
     "bias", "modules_to_save", "init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
     "use_rslora", "use_dora", "loftq_config", "eva_config", "lora_ga_config", "megatron_config", "megatron_core",
-    "qalora_group_size", "runtime_config",
+    "qalora_group_size", "runtime_config", TOKEN_KEY,
 }  # fmt: skip
 ADALORA = {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
 HARMLESS_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")

@@ -17,9 +17,11 @@ from dora_cli.checkpoints.safetensors_io import (
     copy_bytes,
     descriptor,
     read_into,
+    read_tensor,
     require_finite,
     write_from,
 )
+from dora_cli.checkpoints.token_rows import TokenUpdate
 
 BLOCK = 1 << 18  # numbers per block: read, widened and written, it stays in a core's cache
 
@@ -36,6 +38,7 @@ class Piece:
         dtype: the type to write.
         update: reads the update to add; null where there is none.
         checked: whether the numbers are looked at for NaN and infinity on the way.
+        tokens: rows that take the place of the source's, or follow on them.
     """
 
     name: str
@@ -43,10 +46,18 @@ class Piece:
     dtype: str
     update: Callable[[], LowRank | Square] | None = None
     checked: bool = False
+    tokens: TokenUpdate | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is written."""
+        if self.tokens is None:
+            return self.source.shape
+        return max(self.source.shape[0], 1 + max(self.tokens.ids)), *self.source.shape[1:]
 
     @property
     def nbytes(self) -> int:
-        return prod(self.source.shape) * DTYPES[self.dtype].itemsize
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def write_piece(piece: Piece, out: Path, start: int) -> None:
@@ -58,6 +69,15 @@ def write_piece(piece: Piece, out: Path, start: int) -> None:
             _stream(piece, lambda block, rows: block, target, start)
         else:
             copy_bytes(piece.source, target, start)
+        if piece.tokens:
+            _write_rows(piece.tokens, DTYPES[piece.dtype], target, start)
+
+
+def _write_rows(tokens: TokenUpdate, dtype: torch.dtype, target: int, start: int) -> None:
+    rows = read_tensor(tokens.rows)  # a few
+    for number, row in zip(tokens.ids, rows.to(dtype), strict=True):
+        written = row.contiguous().view(torch.uint8).numpy()
+        write_from(target, start + number * written.nbytes, memoryview(written))
 
 
 def _stream(piece: Piece, change: Change, target: int, start: int) -> None:

@@ -8,9 +8,10 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from dora_cli.checkpoints.adapter_format import METHOD
 from dora_cli.checkpoints.apply import apply_adapter
 from dora_cli.checkpoints.atomic import atomic_write_text
-from dora_cli.checkpoints.json_io import read_json
+from dora_cli.checkpoints.json_io import read_json, strings
 from dora_cli.checkpoints.manifest import verify_if_listed
 from dora_cli.checkpoints.peft_io import AdapterFile, read_adapter
 from dora_cli.cli import run_folder
@@ -144,15 +145,17 @@ def _file_role(overrides: Sequence[str], split: str) -> str:
 def _load(
     own: Mapping[str, str], folder: Path, adapter: AdapterFile | None, config: Config, task: Any
 ) -> tuple[Any, Any]:
+    words: list[str] = []  # a model has its tokens in its folder
     if adapter is None:
         name, revision = own["checkpoint"], None
     else:
+        words = strings(adapter.method, "added_tokens", adapter.folder / METHOD) or config.model.add_tokens
         name, revision = own.get("base") or adapter.base_name or config.model.name, adapter.revision
     if Path(name).is_dir():
         verify_if_listed(name)
     dtype = autocast_dtype(config.train.precision)
     loaded = load_model(
-        replace(config.model, name=name, revision=None if "base" in own else revision),
+        replace(config.model, name=name, revision=None if "base" in own else revision, add_tokens=words),
         auto_class=task.auto_class,
         offline=config.offline,
         max_length=config.data.max_length,

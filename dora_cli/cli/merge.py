@@ -71,6 +71,8 @@ def describe(report: "MergeReport") -> str:
         lines.append(f"  adapter  {_count(len(adapted), 'module')}, {span}, {content}")
     if report.head:
         lines.append(f"  head     {_count(len(report.head), 'tensor')} as trained ({_few(report.head)})")
+    if report.tokens:
+        lines.append(f"  tokens   embeddings of {_count(report.tokens, 'token')} as trained")
     if report.left_out:
         lines.append(f"  left out {_count(len(report.left_out), 'tensor')} of another head ({_few(report.left_out)})")
     return "\n".join([*lines, f"  out      {report.out}"])

@@ -17,6 +17,7 @@ from dora_cli.adapters.weight_decomposed import WeightDecomposedLayer
 from dora_cli.checkpoints.adapter_format import (
     LowRank,
     Square,
+    TokenRows,
     WeightDecomposed,
     saved_by_peft,
     write_adapter,
@@ -276,6 +277,7 @@ def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None
         "base_model_prefix": getattr(session.model, "base_model_prefix", ""),
         "model_config": _model_config(session.model),
         "ranks": rank_map(session),
+        "added_tokens": session.config.model.add_tokens,
         "modules": session.allocation.table.names,  # what ``module`` in method_state.safetensors counts
     }
     task_type = session.task.peft_task_type
@@ -305,6 +307,8 @@ def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None
         head=head,
         export=session.config.export,
         state=session.allocation.unit_state(),
+        tokens=[TokenRows(n, la.ids.tolist(), la.rows.detach().cpu()) for n, la in session.token_rows.items()],
+        tokenizer=session.tokenizer if session.new_tokens else None,
         **common,
     )
 

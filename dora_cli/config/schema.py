@@ -29,6 +29,7 @@ class ModelConfig:
     name: str = key(MISSING, "hub name, local folder, or package://NAME/SUBFOLDER")
     revision: str | None = key(None, "branch, tag or commit on the hub")
     trust_remote_code: bool = key(False, "run Python code that comes with the model")
+    add_tokens: list[str] = key([], 'special tokens to add, e.g. ["<|im_start|>"]; their embeddings are trained')
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import nn
 
 from dora_cli.errors import UserError
 from dora_cli.models.names import PLACES, resolve_name
+from dora_cli.models.new_tokens import NewTokens, add_tokens
 
 # What transformers raises about weights that it can't find or read; anything else there is a fault of the code.
 FILE_ERRORS = (OSError, ValueError, ImportError, LookupError)
@@ -22,6 +23,7 @@ class ModelChoice(Protocol):
     name: str
     revision: str | None
     trust_remote_code: bool
+    add_tokens: list[str]
 
 
 @dataclass
@@ -35,6 +37,7 @@ class LoadedModel:
             in model order. They hold random numbers.
         head_modules: modules to train and save in full, in model order; they cover ``missing`` (see ``find_heads``).
         source: what the weights were read from: an absolute folder, or the hub name.
+        new_tokens: what ``model.add_tokens`` came to; null without it.
     """
 
     model: Any
@@ -42,6 +45,7 @@ class LoadedModel:
     missing: list[str]
     head_modules: list[str]
     source: str
+    new_tokens: NewTokens | None = None
 
 
 def load_model(
@@ -60,7 +64,7 @@ def load_model(
     no code that comes with the model is run unless ``config.trust_remote_code``.
 
     Args:
-        config: name, revision, trust_remote_code.
+        config: name, revision, trust_remote_code, add_tokens.
         auto_class: name of transformers' class for the task, e.g. ``AutoModelForSequenceClassification``.
         offline: read local folders and the hub's cache only; nothing reaches for the network.
         max_length: the longest input that will be given, in tokens; checked against the learned positions.
@@ -101,6 +105,8 @@ def load_model(
     missing = [name for name, _ in model.named_parameters() if name in absent]
     _refuse_unfit(model, missing, config.name)
     _fit_tokenizer(model, tokenizer, config.name)
+    with _quiet():
+        new = add_tokens(model, tokenizer, config.add_tokens, config.name) if config.add_tokens else None
     window = position_limit(model)
     for key, length in (("data.max_length", max_length), ("data.max_target_length", max_target_length)):
         if length is not None and window is not None and length > window:
@@ -108,7 +114,7 @@ def load_model(
                 f"{key}={length} is more than the {window} positions of {config.name}",
                 hint=f"set {key} to {window} or less",
             )
-    return LoadedModel(model.eval(), tokenizer, missing, find_heads(model, missing), source)
+    return LoadedModel(model.eval(), tokenizer, missing, find_heads(model, missing), source, new)
 
 
 def find_heads(model: Any, missing: list[str]) -> list[str]:

@@ -54,6 +54,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def stacked_experts(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold all experts of a mixture at once; checkpoints name them one by one."""
+    return [name for name, _ in model.named_parameters() if re.search(r"\.experts\.\w+$", name)]
+
+
 def _candidates(model: nn.Module, exclude: Collection[str]) -> list[str]:
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
@@ -108,7 +113,7 @@ def _require_adaptable(name: str, model: nn.Module, exclude: Collection[str]) ->
 def _why_nothing(pattern: str, model: nn.Module, exclude: Collection[str]) -> str:
     """What a pattern that chose no candidate did meet, if anything."""
     met = [name for name, _ in model.named_modules() if name.endswith(f".{pattern}")]
-    experts = [n for n, p in model.named_parameters() if p.dim() == 3 and ".experts." in n]
+    experts = stacked_experts(model)
     if experts and (pattern == "mlp" or any(n.endswith(f".{pattern}") for n in experts)):
         return f"means the experts of a mixture, tensors such as '{experts[0]}', and adapters are for linear layers"
     if not met:

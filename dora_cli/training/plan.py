@@ -81,6 +81,9 @@ def _model(session: Session) -> dict[str, str]:
         lines["targets"] = f"{len(session.targets)} modules: " + ", ".join(f"{n} of {s}" for s, n in shapes.items())
     if session.head_modules:
         lines["head"] = ", ".join(session.head_modules) + " (trained in full, not counted)"
+    if session.new_tokens is not None:
+        new, rows = session.new_tokens, sum(layer.rows.numel() for layer in session.token_rows.values())
+        lines["tokens"] = f"{' '.join(new.words)} (embeddings trained, {rows:,} parameters, not counted)"
     return lines
 
 

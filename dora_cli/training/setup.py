@@ -14,6 +14,7 @@ from dora_cli.adapters.base import AdapterLayer, linear_shape
 from dora_cli.adapters.dropout import Masks
 from dora_cli.adapters.inject import inject, remove
 from dora_cli.adapters.siblings import Siblings, join
+from dora_cli.adapters.token_rows import TokenRows, train_rows
 from dora_cli.allocation import rules
 from dora_cli.allocation.budget import Budget
 from dora_cli.allocation.controller import Allocation
@@ -27,6 +28,8 @@ from dora_cli.data.tasks import build_task
 from dora_cli.data.tasks.base import Task
 from dora_cli.errors import UserError
 from dora_cli.models.load import load_model
+from dora_cli.models.new_tokens import NewTokens
+from dora_cli.models.targets import stacked_experts
 from dora_cli.modes import autocast, evaluating, rehearsing
 from dora_cli.training.optim import build_optimizer, build_scheduler
 from dora_cli.training.sizing import asked_budget, check_values, sized_targets
@@ -68,6 +71,8 @@ class Session:
     rows: Rows
     head_modules: list[str]
     source: str  # where the base comes from: an absolute folder, package://…, or a hub name
+    new_tokens: NewTokens | None  # whose embeddings train
+    token_rows: dict[str, TokenRows]  # their rows, by full name
     layers: dict[str, AdapterLayer]
     targets: list[str]
     start_ranks: list[int]
@@ -193,7 +198,13 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
     parts["adapter"].unfreeze(model, loaded.head_modules)
     for name in loaded.head_modules:
         model.get_submodule(name).requires_grad_(True)
+    if trained := [n for n in stacked_experts(model) if model.get_parameter(n).requires_grad]:
+        raise UserError(
+            f"method={composed.method} trains the experts of a mixture, such as '{trained[0]}', which is not supported",
+            hint="choose a low-rank method: it adapts attention and shared experts",
+        )
     targets, ranks, target = sized_targets(composed, model, loaded.head_modules, budget)
+    token_rows = _token_rows(model, loaded.new_tokens, targets)
     if dtype is not None:
         lower(model, dtype)
     model.to(device)
@@ -246,6 +257,8 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         rows=rows,
         head_modules=loaded.head_modules,
         source=config.model.name if config.model.name.startswith("package://") else loaded.source,
+        new_tokens=loaded.new_tokens,
+        token_rows=token_rows,
         layers=layers,
         targets=targets,
         start_ranks=ranks,
@@ -273,6 +286,17 @@ def _stream(task: Task, tokenizer: Any, rows: Rows, config: Config) -> BatchStre
     train = config.train
     unread = (train.log_every + 1) * train.accumulation  # the loop asks about batches since the last log at most
     return BatchStream(rows, encode, batch_size=train.batch_size, seed=config.seed, remember=unread)
+
+
+def _token_rows(model: nn.Module, new: NewTokens | None, targets: Sequence[str]) -> dict[str, TokenRows]:
+    if new is None:
+        return {}
+    if new.output in targets:
+        raise UserError(
+            f"adapter.targets: '{new.output}' has an adapter, and model.add_tokens trains rows of it",
+            hint="leave one of the two out",
+        )
+    return train_rows(model, new.embedding, new.output, new.ids)
 
 
 def _packed(

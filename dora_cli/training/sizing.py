@@ -28,6 +28,11 @@ def check_values(composed: Any, budget: Budget | None) -> None:
             f"regularizer.target_rank={wanted:g} lies above the start, adapter.rank={rank}: no gate would ever close",
             hint="lower regularizer.target_rank, or raise adapter.rank",
         )
+    if config.model.add_tokens and parts["adapter"].export not in ("lora", "decomposed"):
+        raise UserError(
+            f"model.add_tokens: method={composed.method} is saved in a form that has no place for new embeddings",
+            hint="choose a method that is saved as a LoRA, such as method=dora or method=lora",
+        )
     if config.export == "uniform" and parts["adapter"].export not in ("lora", "decomposed"):
         raise UserError(
             f"export=uniform: the update of method={composed.method} is no pair of low-rank factors",

@@ -22,6 +22,7 @@ def summarise(session: Session, progress: Progress) -> dict[str, Any]:
     chosen = chosen or progress.last
     seconds = max(progress.seconds, 1e-9)
     head = sum(p.numel() for n in session.head_modules for p in session.model.get_submodule(n).parameters())
+    head += sum(layer.rows.numel() for layer in session.token_rows.values())
     return {
         "recipe": session.composed.recipe,
         "method": session.composed.method,

@@ -76,9 +76,16 @@ class Run:
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all: where nothing but what lies in it differs, a configuration is composed once."""
+def one_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture
+def place(one_place: Path) -> Iterator[Path]:
+    """An empty folder, the same for all: where only what lies in it differs, a configuration is composed once."""
+    yield one_place
+    for folder in one_place.iterdir():
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
@@ -98,9 +105,9 @@ def composed() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def tune(texts: Path, place: Path, composed: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Run]]:
+def tune(texts: Path, place: Path, composed: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """Run the real command in this process: ``tune(auto_class, *words, out=NAME)``, on the base in ``place``."""
-    from dora_cli.cli import train_run
+    from dora_cli.cli import eval_run, train_run  # noqa: F401 - the first keeps the real compose
     from dora_cli.cli.train import main
     from dora_cli.config import compose
 
@@ -114,9 +121,7 @@ def tune(texts: Path, place: Path, composed: Any, monkeypatch: pytest.MonkeyPatc
         assert main([*where, *COMMON, *words]) == 0
         return Run(place / out, sessions[-1], auto_class)
 
-    yield run
-    for folder in place.iterdir():
-        shutil.rmtree(folder)
+    return run
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 
 
 def choice(name, **options):
-    return SimpleNamespace(**{"name": str(name), "revision": None, "trust_remote_code": False, **options})
+    return SimpleNamespace(
+        **{"name": str(name), "revision": None, "trust_remote_code": False, "add_tokens": [], **options}
+    )
 
 
 def load(name, auto_class=CLASSIFIER, offline=True, **options):
