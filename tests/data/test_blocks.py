@@ -118,7 +118,7 @@ def test_token_rows_come_in_blocks(monkeypatch):
     assert len(list(gathered())) > 3
     for name, values in cache._joined(gathered()).items():
         same = values.tolist() == whole[name].tolist()
-        assert same or values.view(-1, 3).sum(0).tolist() == whole["counts"].tolist(), name
+        assert same or values.view(-1, 4).sum(0).tolist() == whole["counts"].tolist(), name
 
 
 def test_the_first_rows_validate_where_train_is_streamed(choose, write):

@@ -17,7 +17,7 @@ def chat(write: Any) -> Chat:
     """A template as a function: of the messages, and whether the assistant is to speak next."""
     return Chat(
         SimpleNamespace(
-            apply_chat_template=lambda messages, tokenize, add_generation_prompt: write(messages, add_generation_prompt)
+            apply_chat_template=lambda messages, add_generation_prompt, **_: write(messages, add_generation_prompt)
         )
     )
 

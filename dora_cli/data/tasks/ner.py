@@ -60,6 +60,12 @@ class Ner:
         found = _check_rows(rows, self.columns["tokens"], self.columns["tags"])
         names = [class_names(dataset, self.columns["tags"]) for dataset in rows.splits.values()]
         given = self.config.labels or next(filter(None, names), None)
+        if given is None and rows.stream is not None:
+            raise UserError(
+                "the tags can't be read from data that is streamed",
+                where=f"column '{self.columns['tags']}' of {rows.source}",
+                hint="list them in data.labels, for example data.labels=[O,B-PER,I-PER]",
+            )
         if given is None and len(found) < 2:
             raise UserError(
                 f"every word has the same tag '{min(found)}'",

@@ -95,6 +95,12 @@ class QuestionAnswering:
                 counts[0] += answers.span is None
                 counts[1] += answers.guessed
             empty[role], guessed[role] = counts
+        if self.config.null_answers is None and rows.stream is not None:
+            raise UserError(
+                "whether a context may hold no answer can't be read from data that is streamed",
+                where=f"column '{self.columns['answers']}' of {rows.source}",
+                hint="say it with data.null_answers=true or false",
+            )
         if self.config.null_answers is None:
             self.null_answers = any(empty.values())
         self._facts = {} if not any(empty.values()) else {"no answer": _counted(empty)}
