@@ -1,6 +1,7 @@
 """From start and end logits of windows to one answer a row, and what it is worth."""
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class SpanScorer:
         self.values: list[Tensor] = []  # (n, 2) of every batch: score of the answer, score of none
         self.places: list[Tensor] = []  # (n, 3): row, first and last token in its context
 
-    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor]) -> None:
+    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor], references: Sequence[Any] = ()) -> None:
         before = padding_before(batch)
         score, start, end = best_spans(outputs, batch["first"] + before, batch["size"], self.task.max_answer_length)
         null = outputs.gather(1, (batch["null"] + before)[:, None, None].expand(-1, 1, 2)).sum((1, 2))

@@ -1,5 +1,6 @@
 """Scores of tagged words: entities by the definition of the CoNLL shared tasks, and words."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class TagScorer:
         self.right = self.words = self.matched = self.predicted = self.expected = 0
         self.rows: list[tuple[list[int], list[int]]] = []  # what was said of a row's words, and what should have been
 
-    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor]) -> None:
+    def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor], references: Sequence[Any] = ()) -> None:
         said, meant = torch.stack([outputs.argmax(-1), batch["labels"]]).cpu().numpy()  # (n, s) each
         real = meant != IGNORED
         lengths = real.sum(1)

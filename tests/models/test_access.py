@@ -13,7 +13,7 @@ from dora_cli.models.load import load_model
 
 
 def load(name: str, **options: Any) -> Any:
-    choice = SimpleNamespace(name=name, revision=None, trust_remote_code=False)
+    choice = SimpleNamespace(name=name, revision=None, trust_remote_code=False, add_tokens=[])
     return load_model(choice, auto_class="AutoModelForCausalLM", **options)
 
 
