@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dora_cli.errors import UserError
 
-LIMIT = 4 << 30  # bytes that the folder may hold; more where the disk has as much left
+LIMIT = 4 << 30  # bytes that the folder may hold; more where the disk has four times as much left
 SPILL = 64 << 20  # bytes of tensors that are in memory while they are made; the rest goes to disk at once
 OURS = re.compile(r"\.?[0-9a-f]{64}\.(safetensors|arrow|tmp-\w+)")  # also what a killed process has left unfinished
 DTYPES = {torch.int32: "I32", torch.int64: "I64"}  # in the words of safetensors
@@ -223,4 +223,4 @@ def forget(folder: Path, but: Path | None = None) -> None:
 
 
 def _limit(folder: Path) -> int:
-    return max(LIMIT, shutil.disk_usage(folder).free)
+    return max(LIMIT, shutil.disk_usage(folder).free // 4)
