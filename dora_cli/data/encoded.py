@@ -31,7 +31,8 @@ class Encoded:
         places: for every row its number in the split, where rows were left out; ``None`` where all are there.
         notes: sentences for the plan on what was left out, and why.
         target: of an encoder-decoder, what is to be written of every row: its one column is ``labels``.
-        references: of every row what its prediction is compared with, where its tokens do not hold all of it.
+        references: of every row what its prediction is compared with, where its tokens do not hold all of it; of a
+            window the split's rows, where it is looked up.
         windows_of: how many rows of the split these are windows of (``places`` says which), where one prediction comes
             of all windows of a row; ``None`` where each stands for itself.
     """

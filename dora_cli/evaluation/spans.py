@@ -45,8 +45,10 @@ class SpanScorer:
         self.names = [name for name in task.metric_names if name != "loss"]
         self.values: list[Tensor] = []  # (n, 2) of every batch: score of the answer, score of none
         self.places: list[Tensor] = []  # (n, 3): row, first and last token in its context
+        self.asked: Any = None  # the split's rows
 
     def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor], references: Sequence[Any] = ()) -> None:
+        self.asked = references[0]
         before = padding_before(batch)
         score, start, end = best_spans(outputs, batch["first"] + before, batch["size"], self.task.max_answer_length)
         null = outputs.gather(1, (batch["null"] + before)[:, None, None].expand(-1, 1, 2)).sum((1, 2))
@@ -78,7 +80,7 @@ class SpanScorer:
         spans = {row: (first, last) for row, first, last in places[firsts].tolist()}
         verdicts = []
         for question, score, null in zip(
-            self.task.questions(spans), values[firsts, 0].tolist(), nulls.tolist(), strict=True
+            self.asked.questions(spans), values[firsts, 0].tolist(), nulls.tolist(), strict=True
         ):
             said = "" if self.task.null_answers and null > score else question.text
             exact, f1 = given = scores(said, question.references)

@@ -1,6 +1,7 @@
 """Questions from files: columns, the loss of a window, and what is wrong with which line."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 from dora_cli.config.schema import DataConfig
 from dora_cli.data import tokens
 from dora_cli.data.encoded import Encoded
-from dora_cli.data.sources import load_rows
+from dora_cli.data.sources import Rows, load_rows
 from dora_cli.data.tasks import build_task
 from dora_cli.errors import UserError
 
@@ -116,9 +117,22 @@ def test_windows_are_kept_for_the_next_run(make: Make, tmp_path: Path, monkeypat
     first = make(ROW, {**ROW, "answers": []}, cache=str(tmp_path / "cache"))[1]
     with monkeypatch.context() as patch:
         patch.setattr(qa, "cut_windows", None)
-        task, again = make(ROW, {**ROW, "answers": []}, cache=str(tmp_path / "cache"))
+        again = make(ROW, {**ROW, "answers": []}, cache=str(tmp_path / "cache"))[1]
     assert again.fingerprint() == first.fingerprint() and again.ids == first.ids
-    assert next(task.questions({0: (4, 5)})).text == "w4 w5"
+    assert next(again.references[0].questions({0: (4, 5)})).text == "w4 w5"
     other = make(ROW, ROW, cache=str(tmp_path / "cache"))[1]
     assert other.fingerprint() != first.fingerprint()
     assert other.scalars["start"].tolist() == [0, 4, 0] * 2  # of windows w0…w4, w3…w7 and w6…w8
+
+
+def test_a_buffer_of_a_stream_is_the_same_whatever_was_encoded_before(make: Make, new_tokenizer: Any) -> None:
+    """Else a resumed run takes it for other data, and every buffer stays in memory."""
+    task, encoded = make({**ROW, "id": "a"}, ROW)
+    (rows,) = {id(asked): asked.rows for asked in encoded.references}.values()
+    task.fit(Rows({"train": rows.remove_columns("id")}))  # rows that come later need not have the same columns
+    again = task.encode(rows, new_tokenizer("bert"))
+    assert again.fingerprint() == encoded.fingerprint()
+    assert next(encoded.references[0].questions({0: (4, 5)})).id == "a"
+    alive = weakref.ref(again.references[0])
+    del again
+    assert alive() is None

@@ -1,6 +1,5 @@
 """Extractive question answering: where in a context the answer stands, or that it holds none."""
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -44,14 +43,36 @@ class Question(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Split:
-    """The rows of a split, and where in its context each token of a row stands (see ``cut_windows``)."""
+class AskedRows:
+    """The rows of a split, and where in its context each token of a row stands (see ``cut_windows``).
+
+    Every window refers to them (``Encoded.references``), so they live as long as the windows do.
+    """
 
     rows: Any
-    first: int  # number of its first row among all that the task has encoded
+    columns: dict[str, str]
     char_starts: Tensor
     char_ends: Tensor
     char_offsets: Tensor
+
+    def questions(self, spans: Mapping[int, tuple[int, int]]) -> Iterator[Question]:
+        """Rows with what was predicted, in the order in which they are asked for.
+
+        Args:
+            spans: number of a row in the split → first and last token of an answer, counted in its context.
+        """
+        numbers = list(spans)
+        for at in range(0, len(numbers), 500):
+            chunk = numbers[at : at + 500]
+            for number, row in zip(chunk, _read(self.rows.select(chunk), self.columns), strict=True):
+                begin = int(self.char_offsets[number])
+                first, last = (begin + token for token in spans[number])
+                start, end = int(self.char_starts[first]), int(self.char_ends[last])
+                context = row[self.columns["context"]]
+                start += len(context[start:end]) - len(context[start:end].lstrip())
+                text = context[start:end].rstrip()
+                name = row[self.columns.get("id", ROW)]
+                yield Question(name, text, (start, start + len(text)), _answers(row, self.columns).texts)
 
 
 class QuestionAnswering:
@@ -76,7 +97,6 @@ class QuestionAnswering:
         self.null_answers = bool(config.null_answers)
         self._rows = Rows({})
         self._facts: dict[str, str] = {}
-        self._splits: list[_Split] = []
 
     @property
     def higher_is_better(self) -> bool:
@@ -87,7 +107,7 @@ class QuestionAnswering:
         empty, guessed = {}, {}
         for role, dataset in rows.splits.items():
             counts = [0, 0]
-            for i, row in enumerate(self._read(dataset)):
+            for i, row in enumerate(_read(dataset, self.columns)):
                 try:
                     answers = self._check(row)
                 except BadRow as error:
@@ -124,9 +144,7 @@ class QuestionAnswering:
         key, characters = digest_of(rows, columns, tokenizer, settings)
         folder = cache_folder(self.config.cache) if key is not None and characters >= CACHED_FROM else None
         made = cached(folder, lambda: key or "", lambda: [self._windows(rows, tokenizer)])
-        first = self._splits[-1].first + len(self._splits[-1].rows) if self._splits else 0
         chars = {name: made[name] for name in ("char_starts", "char_ends", "char_offsets")}
-        self._splits.append(_Split(rows, first, **chars))
         pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         pads = {name: pad for name, pad in pads.items() if name in made}
         places = made["row"].tolist()
@@ -134,11 +152,12 @@ class QuestionAnswering:
         return Encoded(
             ragged={name: made[name] for name in pads},
             offsets=made["offsets"],
-            scalars={name: made[name] for name in SCALARS} | {"row": made["row"] + first},
+            scalars={name: made[name] for name in SCALARS},
             pads=pads,
             side=tokenizer.padding_side,
             ids=[named[place] for place in places],
             places=places,
+            references=[AskedRows(rows, self.columns, **chars)] * len(places),
             windows_of=len(rows),
         )
 
@@ -157,31 +176,12 @@ class QuestionAnswering:
         wanted = torch.stack([batch["start"], batch["end"]], dim=-1) + padding_before(batch)[:, None]  # (n, 2)
         return Loss(F.cross_entropy(logits, wanted, reduction="sum") / 2, self.count(batch), logits)
 
-    def questions(self, spans: Mapping[int, tuple[int, int]]) -> Iterator[Question]:
-        """The rows of one split with what was predicted, in the order in which they are asked for.
-
-        Args:
-            spans: number of a row (``row`` of its windows) → first and last token of an answer, counted in its context.
-        """
-        numbers = list(spans)
-        split = self._splits[bisect_right([split.first for split in self._splits], numbers[0]) - 1]
-        for at in range(0, len(numbers), 500):
-            chunk = numbers[at : at + 500]
-            for number, row in zip(chunk, self._read(split.rows.select([n - split.first for n in chunk])), strict=True):
-                begin = int(split.char_offsets[number - split.first])
-                first, last = (begin + token for token in spans[number])
-                start, end = int(split.char_starts[first]), int(split.char_ends[last])
-                context = row[self.columns["context"]]
-                start += len(context[start:end]) - len(context[start:end].lstrip())
-                text = context[start:end].rstrip()
-                name = row[self.columns.get("id", ROW)]
-                yield Question(name, text, (start, start + len(text)), self._answers(row).texts)
-
     def _windows(self, rows: Any, tokenizer: Any) -> dict[str, Tensor]:
+        columns = self.columns
         # The start of a question says nothing; some of SQuAD's begin with many spaces.
         asked = (
-            Asked(row[self.columns["question"]].lstrip(), row[self.columns["context"]], self._answers(row).span)
-            for row in self._read(rows)
+            Asked(row[columns["question"]].lstrip(), row[columns["context"]], _answers(row, columns).span)
+            for row in _read(rows, columns)
         )
         types = "token_type_ids" in tokenizer.model_input_names
         try:
@@ -191,18 +191,6 @@ class QuestionAnswering:
             where = f"row {rows[error.row][ROW] + 1}" if role is None else self._rows.where(role, error.row)
             raise UserError(error.message, where=where, hint=error.hint) from error
 
-    def _read(self, dataset: Any) -> Iterator[dict[str, Any]]:
-        """Rows as Python objects, without the columns that nobody asked for."""
-        for chunk in (
-            dataset.with_format(None).select_columns([*dict.fromkeys([*self.columns.values(), ROW])]).iter(500)
-        ):
-            for i in range(len(chunk[ROW])):
-                yield {name: values[i] for name, values in chunk.items()}
-
-    def _answers(self, row: Mapping[str, Any]) -> Answers:
-        start = row[self.columns["answer_start"]] if "answer_start" in self.columns else None
-        return read_answers(row[self.columns["answers"]], start, row[self.columns["context"]])
-
     def _check(self, row: Mapping[str, Any]) -> Answers:
         for role in ("question", "context"):
             text, column = row[self.columns[role]], self.columns[role]
@@ -211,7 +199,7 @@ class QuestionAnswering:
             if not text.strip():
                 raise BadRow(f"'{column}' is empty")
         try:
-            answers = self._answers(row)
+            answers = _answers(row, self.columns)
         except BadRow as error:
             raise BadRow(f"'{self.columns['answers']}' {error}") from error
         if answers.span is None and self.config.null_answers is False:
@@ -219,6 +207,18 @@ class QuestionAnswering:
                 f"'{self.columns['answers']}' holds no answer, and data.null_answers=false says that all rows do"
             )
         return answers
+
+
+def _read(dataset: Any, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows as Python objects, without the columns that nobody asked for."""
+    for chunk in dataset.with_format(None).select_columns([*dict.fromkeys([*columns.values(), ROW])]).iter(500):
+        for i in range(len(chunk[ROW])):
+            yield {name: values[i] for name, values in chunk.items()}
+
+
+def _answers(row: Mapping[str, Any], columns: Mapping[str, str]) -> Answers:
+    start = row[columns["answer_start"]] if "answer_start" in columns else None
+    return read_answers(row[columns["answers"]], start, row[columns["context"]])
 
 
 def padding_before(batch: dict[str, Tensor]) -> Tensor:
