@@ -69,6 +69,11 @@ class Rows:
         path = self.origin.get(role)
         return f"{path}, {files.place(path, row)}" if path else f"row {row + 1} of '{role}' in {self.source}"
 
+    def where_in(self, split: Any, index: int) -> str:
+        """The same of a split itself, whichever role it has here."""
+        role = next((role for role, mine in self.splits.items() if mine is split), None)
+        return f"row {split[index][ROW] + 1}" if role is None else self.where(role, index)
+
 
 def load_rows(
     config: DataChoice,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_cli.data.choices import EncodedChoices
-from dora_cli.data.sources import load_rows
+from dora_cli.data.sources import Rows, load_rows
 from dora_cli.data.tasks import build_task
 from dora_cli.errors import UserError
 from dora_cli.evaluation.predict import evaluate
@@ -144,7 +144,7 @@ def test_the_text_loses_its_end_and_a_choice_never_does(tokenizer: Any, tmp_path
     task, rows = build(tmp_path, [QUESTIONS[0], *rows_in], max_length=5)
     with pytest.raises(UserError, match="choice 1 of a row is longer than") as caught:
         task.encode(rows, tokenizer)
-    assert caught.value.where == "row 2"
+    assert caught.value.where.endswith("rows.jsonl, line 2")
 
 
 @pytest.mark.parametrize(
@@ -179,3 +179,9 @@ def test_what_can_be_known_beforehand_is_refused(tmp_path: Path) -> None:
         build(tmp_path, QUESTIONS, columns={"choices": "text, b"})
     with pytest.raises(UserError, match=r"unknown key 'data\.columns\.choises'"):
         build(tmp_path, QUESTIONS, columns={"choises": "choices"})
+
+
+def test_a_buffer_with_fewer_choices_does_not_limit_those_of_an_evaluation(tmp_path: Path) -> None:
+    task, rows = build(tmp_path, QUESTIONS)
+    task.fit(Rows({"train": rows.select([1])}))
+    assert task.num_labels == 4

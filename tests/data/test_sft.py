@@ -293,7 +293,7 @@ def test_messages_need_a_chat_template_that_takes_them(tmp_path: Path) -> None:
     task, rows = build(tmp_path, chat)
     with pytest.raises(UserError, match="the tokenizer has no chat template"):
         task.encode(rows, tokenizer())
-    with pytest.raises(UserError, match=r"row 1: its conversation is refused .*no system turns"):
+    with pytest.raises(UserError, match=r"^its conversation is refused .*no system turns\n.*rows.jsonl, line 1"):
         task.encode(rows, tokenizer(STRICT))
     with pytest.raises(UserError, match=r"data\.template is for rows with a prompt"):
         build(tmp_path, chat, template="{messages}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dora_cli.data.sources import load_rows
+from dora_cli.data.sources import Rows, load_rows
 from dora_cli.data.tasks import build_task
 from dora_cli.data.tasks.summarization import shifted
 from dora_cli.data.token_rows import IGNORED
@@ -51,7 +51,7 @@ def test_documents_and_summaries_are_padded_apart_and_on_the_right(tmp_path, new
     assert batch["decoder_attention_mask"].sum(1).tolist() == [3, 7]
     assert task.count(batch) == 10
     assert encoded.lengths.tolist() == [12, 10, 8]
-    assert encoded.references[1] == "w8\nw9 good w4 w2" and encoded.ids == ["a", "b", "c"]
+    assert encoded.references[1] == "w8\nw9 good w4 w2" and list(encoded.ids) == ["a", "b", "c"]
     assert encoded[2]["labels"].tolist() == encoded.target[2]["labels"].tolist()
     largest = encoded.batch(encoded.longest(4))
     assert largest["input_ids"].shape == (4, 9) and largest["labels"].shape == (4, 7)
@@ -77,6 +77,13 @@ def test_rows_chosen_keep_their_targets_and_other_targets_are_other_data(tmp_pat
     task, rows = build(tmp_path, template="good {article} bad")
     read = tokenizer.convert_ids_to_tokens(task.encode(rows, tokenizer)[1]["input_ids"])
     assert read == ["[CLS]", "good", "w8", "bad", "[SEP]"]
+
+
+def test_a_template_is_held_against_every_split(tmp_path) -> None:
+    task, rows = build(tmp_path, template="{highlights}: {topic}", rows=[{**row, "topic": "one"} for row in ROWS])
+    with pytest.raises(UserError, match="topic}', and there is no such column") as refused:
+        task.fit(Rows({"train": rows, "validation": rows.remove_columns("topic")}, source="here"))
+    assert refused.value.where == "split 'validation' of here has: article, highlights, id"
 
 
 @pytest.mark.parametrize("kind", ["bart", "t5"])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dora_cli.data.sources import ROW, Rows
 from dora_cli.errors import UserError
 
 Message = dict[str, str]  # role, content
@@ -148,11 +149,11 @@ class Chat:
         return str(text)
 
 
-def check_template(template: str, columns: Sequence[str]) -> list[str]:
-    """The columns that ``data.template`` names.
+def check_template(template: str, rows: Rows) -> None:
+    """Refuse a ``data.template`` that is malformed, or names a column that some split does not have.
 
     Raises:
-        UserError: it is malformed, or names a column that is not there.
+        UserError: with the columns that there are.
     """
     try:
         fields = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
@@ -160,14 +161,15 @@ def check_template(template: str, columns: Sequence[str]) -> list[str]:
         raise UserError(
             f"data.template is malformed: {error}", hint="write {column}, and {{ or }} for a brace"
         ) from error
-    for name, spec, how in fields:
-        if name not in columns or spec or how:
-            raise UserError(
-                f"data.template names '{{{name}}}', and there is no such column",
-                where=f"the columns: {', '.join(columns)}",
-                hint="write {column}, and {{ or }} for a brace",
-            )
-    return [name for name, _, _ in fields]
+    for split, dataset in rows.splits.items():
+        columns = [column for column in dataset.column_names if column != ROW]
+        for name, spec, how in fields:
+            if name not in columns or spec or how:
+                raise UserError(
+                    f"data.template names '{{{name}}}', and there is no such column",
+                    where=f"{rows.origin.get(split) or f'split {split!r} of {rows.source}'} has: {', '.join(columns)}",
+                    hint="write {column}, and {{ or }} for a brace",
+                )
 
 
 def filled(template: str, row: Mapping[str, Any]) -> str:

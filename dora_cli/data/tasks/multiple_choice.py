@@ -53,6 +53,7 @@ class MultipleChoice:
         self.columns: dict[str, str] = {}
         self.num_labels = 0  # choices of a row, at most
         self.names = distinct([str(name) for name in config.labels]) if config.labels is not None else None
+        self._rows = Rows({})
         self._listed: list[str] = []  # one column of lists, or a column a choice
 
     @property
@@ -60,6 +61,7 @@ class MultipleChoice:
         return higher_is_better(self.metric_names[0])
 
     def fit(self, rows: Rows) -> None:
+        self._rows = rows
         first = next(iter(rows.splits.values())).column_names
         asked = self.config.columns.get("choices") or "choices"
         self._listed = [asked] if asked in first else [name.strip() for name in asked.split(",")]
@@ -76,7 +78,7 @@ class MultipleChoice:
                     self._index(label, choices, names)
                 except ValueError as error:
                     raise UserError(str(error), where=rows.where(role, i), hint="correct or remove the row") from error
-        self.num_labels = max(counts)
+        self.num_labels = max(counts | {self.num_labels})  # a later buffer of a stream may have fewer
 
     def model_kwargs(self) -> dict[str, Any]:
         return {}
@@ -105,7 +107,7 @@ class MultipleChoice:
             what = "with what text_pair puts before it" if "text_pair" in self.columns else "by itself"
             raise UserError(
                 f"choice {number} of a row is longer than data.max_length={self.config.max_length} tokens {what}",
-                where=f"row {rows[place][ROW] + 1}",
+                where=self._rows.where_in(rows, place),
                 hint="raise data.max_length, or shorten the choice: only the text before the choices is cut",
             ) from error
         encoded = EncodedChoices.grouped(flat, counts, labels)

@@ -187,9 +187,7 @@ class QuestionAnswering:
         try:
             return cut_windows(asked, tokenizer, max_length=self.config.max_length, overlap=self.overlap, types=types)
         except Unfit as error:
-            role = next((name for name, split in self._rows.splits.items() if split is rows), None)
-            where = f"row {rows[error.row][ROW] + 1}" if role is None else self._rows.where(role, error.row)
-            raise UserError(error.message, where=where, hint=error.hint) from error
+            raise UserError(error.message, where=self._rows.where_in(rows, error.row), hint=error.hint) from error
 
     def _check(self, row: Mapping[str, Any]) -> Answers:
         for role in ("question", "context"):

@@ -43,7 +43,7 @@ class Sft(CausalTask):
     name = "sft"
 
     def fit(self, rows: Rows) -> None:
-        first = next(iter(rows.splits.values()))
+        first, self._rows = next(iter(rows.splits.values())), rows
         self.shape, self.columns = _shape(self.config.columns, [c for c in first.column_names if c != ROW], rows)
         if self.config.template is not None:
             if self.shape == "messages":
@@ -51,7 +51,7 @@ class Sft(CausalTask):
                     "data.template is for rows with a prompt, and these hold messages",
                     hint="set data.template=null: the tokenizer's chat template writes messages",
                 )
-            check_template(self.config.template, [c for c in first.column_names if c != ROW])
+            check_template(self.config.template, rows)
         for role, dataset in rows.splits.items():
             _require(dataset.column_names, self.columns, rows, role)
             for i, row in enumerate(dataset):
@@ -93,7 +93,8 @@ class Sft(CausalTask):
                 waiting += [(passage, place) for passage in self._passages(row, chat)]
             except BadRow as error:
                 raise UserError(
-                    f"row {row[ROW] + 1}: its conversation {error}",
+                    f"its conversation {error}",
+                    where=self._rows.where_in(rows, place),
                     hint="correct or remove the row, or choose a model whose chat template takes it",
                 ) from error
             if len(waiting) >= CHUNK:

@@ -35,7 +35,7 @@ class Summarization(TokenTask):
     def fit(self, rows: Rows) -> None:
         self.columns = find_columns(self.config.columns, rows, COLUMNS, needed=NEEDED)
         if self.config.template is not None:
-            check_template(self.config.template, [c for c in next(iter(rows.splits.values())).column_names if c != ROW])
+            check_template(self.config.template, rows)
         for split, dataset in rows.splits.items():
             for column in (self.columns[role] for role in NEEDED):
                 check_texts(rows, split, [column])
@@ -52,10 +52,13 @@ class Summarization(TokenTask):
                 hint="choose a model whose tokenizer does, as those of BART and T5",
             )
         self.tokenizer = tokenizer
+        rows = rows.with_format(None)  # columns of it are read when they are looked at
+        summaries = rows[self.columns["summary"]]
+        template = self.config.template
+        documents: Any = rows[self.columns["document"]] if template is None else _Filled(template, rows)
         shared: dict[str, Any] = {"scalars": {}, "cache": cache_folder(self.config.cache)}
-        read = tokenize(self._documents(rows), None, tokenizer, max_length=self.config.max_length, **shared)
+        read = tokenize(documents, None, tokenizer, max_length=self.config.max_length, **shared)
         longest = self.config.max_target_length or self.config.max_length
-        summaries = list(values(rows, self.columns["summary"]))
         key = "data.max_target_length"
         written = tokenize(summaries, None, tokenizer, max_length=longest, key=key, **shared)
         target = replace(
@@ -65,16 +68,11 @@ class Summarization(TokenTask):
         return replace(
             read,
             side="right",  # decoders find nothing at the left of what an encoder has read
-            ids=list(values(rows, self.columns.get("id", ROW))),
+            ids=rows[self.columns.get("id", ROW)],
             notes=[cut] if target.truncated else [],
             target=target,
-            references=rows.with_format(None).select_columns([self.columns["summary"]])[self.columns["summary"]],
+            references=summaries,
         )
-
-    def _documents(self, rows: Any) -> list[str]:
-        if self.config.template is None:
-            return list(values(rows, self.columns["document"]))
-        return [filled(self.config.template, row) for row in rows]
 
     def count(self, batch: dict[str, Tensor]) -> int:
         return int((batch["labels"] != IGNORED).sum())
@@ -87,6 +85,19 @@ class Summarization(TokenTask):
             use_cache=False,
         )
         return token_loss(output.logits, batch["labels"])
+
+
+class _Filled:
+    """A template filled with the columns of each row, when it is looked at."""
+
+    def __init__(self, template: str, rows: Any) -> None:
+        self.template, self.rows = template, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, some: slice) -> list[str]:
+        return [filled(self.template, row) for row in self.rows.select(range(len(self))[some])]
 
 
 def shifted(labels: Tensor, start: int, pad: int) -> Tensor:
