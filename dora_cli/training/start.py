@@ -1,6 +1,6 @@
 """Starts that are more than each adapter's own: the passes over training data that they look at, and the filling."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ def passes(
     plan: LengthGroupedBatches,
     device: torch.device,
     dtype: torch.dtype | None,
-) -> Iterator[tuple[Tensor, Callable[[], object]]]:
+) -> Iterator[tuple[Tensor | Sequence[Tensor], Callable[[], object]]]:
     """For each training batch of the first epoch: which of its tokens (n, s) are real, and its forward pass.
 
     ``dtype`` is what the pass is cast to, as in training.
@@ -35,7 +35,16 @@ def passes(
 
     for batch in batches(encoded, plan.epoch(0)):
         batch = {k: v.to(device) for k, v in batch.items()}
-        yield real_tokens(batch), partial(run, batch)
+        yield real_tables(batch), partial(run, batch)
+
+
+def real_tables(batch: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    """Which positions are real of what is read (n, s), and of what is written (n, t) where that is another text; where
+    both have one shape, which nobody could tell apart, those that are real in both."""
+    read, written = real_tokens(batch), batch.get("decoder_attention_mask")
+    if written is None:
+        return read
+    return (read, written.bool()) if written.shape != read.shape else read & written.bool()
 
 
 def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_cli.adapters.init.eva import Eva
+from dora_cli.adapters.init.eva import Eva, RunningPca, _take
 from dora_cli.cli import train_run
-from dora_cli.training.start import real_tokens
+from dora_cli.training.start import real_tables, real_tokens
 
 Train = Callable[..., int]
 SHORT = ["train.max_steps=12", "train.log_every=2", "train.eval_every=6"]
@@ -119,6 +119,16 @@ def test_padding_and_tokens_without_a_label_are_no_data() -> None:
     assert labelled.tolist() == [[False, True, False], [True, False, True]]
     assert torch.equal(real_tokens({"attention_mask": mask, "labels": rows}), mask.bool())
     assert torch.equal(real_tokens({"attention_mask": mask}), mask.bool())
+    read, written = real_tables({"attention_mask": mask, "labels": rows, "decoder_attention_mask": mask[:, 1:]})
+    assert torch.equal(read, mask.bool()) and torch.equal(written, mask[:, 1:].bool())
+    pcas = [RunningPca(2, 3, 0.99, torch.device("cpu")) for _ in range(2)]
+    _take(pcas[0], (read, written), torch.randn(2, 3, 3))
+    _take(pcas[1], (read, written), torch.randn(4, 3))  # a decoder's positions, flat
+    assert [pca.count for pca in pcas] == [5, 3]
+    both = real_tables({"attention_mask": mask, "labels": mask, "decoder_attention_mask": mask.flip(1)})
+    assert isinstance(both, torch.Tensor) and torch.equal(
+        both, torch.tensor([[False, True, False], [True, True, True]])
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from dora_cli.adapters.init import INITS
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean, load
 
-# For each batch of training data which positions (n, s) are real tokens, and a call that runs the model over it.
-Passes = Iterable[tuple[Tensor, Callable[[], object]]]
+# For each batch of training data which positions (n, s) are real tokens, and a call that runs the model over it. Of an
+# encoder-decoder there may be two such tables, of different shapes: of what is read, and of what is written.
+Passes = Iterable[tuple[Tensor | Sequence[Tensor], Callable[[], object]]]
 
 
 class Init:

@@ -194,17 +194,18 @@ def _sharing_inputs(modules: list[nn.Module], forward: Callable[[], object]) -> 
     return list(groups.values())
 
 
-def _take(pca: RunningPca, tokens: Tensor, x: Tensor) -> None:
-    """Add a module's input x to its PCA: the positions where ``tokens`` (n, s) is true.
+def _take(pca: RunningPca, tokens: Tensor | Sequence[Tensor], x: Tensor) -> None:
+    """Add a module's input x to its PCA: the positions where ``tokens`` (n, s), or the one of them that fits, is true.
 
     x may have one row for each position, or one for each of the n examples; any other is no input of the batch (a table
     of relative positions, say) and is left out.
     """
-    if x.shape[:-1] == tokens.shape:
-        pca.update(x[tokens])
-    elif x.shape[:-1] == (tokens.numel(),):
-        pca.update(x[tokens.flatten()])
-    elif len(x) == len(tokens):
+    tables = (tokens,) if isinstance(tokens, Tensor) else tokens
+    for real in tables:
+        if x.shape[:-1] in (real.shape, (real.numel(),)):
+            pca.update(x.flatten(0, -2)[real.flatten()])
+            return
+    if len(x) == len(tables[0]):
         pca.update(x.flatten(0, -2))
 
 
