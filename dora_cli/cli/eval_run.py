@@ -70,6 +70,8 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
     # Without a validation split some of train was held out; what is left is the train split that was trained on.
     roles = ["train", "validation"] if split == "train" and role == "train" else [split]
     buffer = data.shuffle_buffer if data.streaming and role == "train" else None
+    if buffer and split == "train" and _names_data(overrides):  # what is named here is read as a whole
+        roles, buffer = [split], None
     rows = load_rows(data, offline=config.offline, seed=config.seed, roles=roles, file_role=role, stream=buffer)
     if rows.stream is not None:
         raise UserError("split=train was streamed, not read as a whole", hint="give data.path=FILE to evaluate a file")
@@ -139,7 +141,11 @@ def _labels(adapter: AdapterFile | None, folder: Path) -> list[str] | None:
 
 def _file_role(overrides: Sequence[str], split: str) -> str:
     """A single file named here is the split itself; one of the run's own configuration was its training file."""
-    return split if any(word.startswith("data.path=") for word in overrides) else "train"
+    return split if _names_data(overrides) else "train"
+
+
+def _names_data(overrides: Sequence[str]) -> bool:
+    return any(word.startswith("data.path=") for word in overrides)
 
 
 def _load(

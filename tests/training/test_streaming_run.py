@@ -86,6 +86,8 @@ def test_an_evaluation_takes_the_rows_that_were_held_out(dora_train: Train, data
         json.loads((run / "summary.json").read_text())["metrics"]["validation"]["loss"]
     )
     assert dora_eval([f"checkpoint={run}", "split=train"]) == 2
+    assert dora_eval([f"checkpoint={run}", "split=train", f"data.path={data_dir / 'train.jsonl'}"]) == 0
+    assert json.loads((run / "eval-train.json").read_text())["rows"] == 96
 
 
 REFUSED = {
