@@ -92,8 +92,9 @@ def _value(key: Key, text: str) -> tuple[Any, str]:
             raise _several(key.name, text, may_be_one=True)
         return text, quote(text)
     override = _grammar(text)
-    if override is None:  # not Hydra's grammar: text that the key's type will accept or refuse
-        return text, quote(text)
+    if override is None:  # not Hydra's grammar: a list of plain words, or text that the key's type accepts or refuses
+        items = _plain_items(text) if key.is_open else []
+        return (items, f"[{','.join(map(quote, items))}]") if items else (text, quote(text))
     if override.is_sweep_override():
         raise _several(key.name, text, may_be_one=key.is_open)
     value = override.value()
@@ -107,6 +108,14 @@ def _grammar(text: str) -> HydraOverride | None:
         return OverridesParser.create().parse_overrides([f"key={text}"])[0]
     except (HydraException, ValueError, RecursionError):  # endless digits, endless nesting
         return None
+
+
+def _plain_items(text: str) -> list[str]:
+    """The items of ``[<|user|>,don't know]``: with characters that Hydra's grammar does not take, and no structure."""
+    text = text.strip()
+    items = [item.strip() for item in text[1:-1].split(",")]
+    odd = set("".join(items)) & set('[]{}"\\') or any(item[:1] == "'" for item in items)
+    return items if (text[:1], text[-1:]) == ("[", "]") and all(items) and not odd else []
 
 
 def _is_literal(name: str, text: str) -> bool:

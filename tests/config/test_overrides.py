@@ -86,6 +86,12 @@ def test_a_budget_keeps_its_form(value_of, text, value):
     assert value_of(f"budget={text}") == value
 
 
+@pytest.mark.parametrize("key", ["model.add_tokens", "data.labels"])
+def test_words_of_a_list_need_no_quotes(value_of, key):
+    assert value_of(f"{key}=[<|im_start|>, <go>,a=b]") == ["<|im_start|>", "<go>", "a=b"]
+    assert value_of(f"{key}=[don't,know?!]") == ["don't", "know?!"]
+
+
 def test_quotes_of_the_users_are_taken_off(value_of):
     assert value_of("data.path='a b'") == "a b"
     assert value_of('data.config="x,y"') == "x,y"
