@@ -65,7 +65,15 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
     split = own.get("split", "validation")
 
     labels = _labels(adapter, folder)
-    data = replace(config.data, labels=labels) if labels and config.data.task in NAMED else config.data
+    data = config.data
+    if labels and data.task in NAMED:
+        if data.labels is not None and [str(label) for label in data.labels] != labels:
+            raise UserError(
+                f"data.labels=[{', '.join(map(str, data.labels))}] are not the labels of the head that was trained",
+                where=f"of {folder}, in their order: {', '.join(labels)}",
+                hint="set data.labels=null; numbers in the data are then labels in that order, and texts their names",
+            )
+        data = replace(data, labels=labels)
     role = _file_role(overrides, split)
     # Without a validation split some of train was held out; what is left is the train split that was trained on.
     roles = ["train", "validation"] if split == "train" and role == "train" else [split]

@@ -111,6 +111,9 @@ def test_a_split_of_its_own_is_tagged_by_the_heads_tags(
     assert dora_eval([f"checkpoint={tmp_path}/run", f"data.path={tmp_path}/own.jsonl", f"out={tmp_path}/own"]) == 0
     row = json.loads((tmp_path / "own/predictions-validation.jsonl").read_text())
     assert row["reference"] == ["O", "B-X"] and len(row["prediction"]) == 2
+    words = [f"checkpoint={tmp_path}/run", f"data.path={tmp_path}/own.jsonl", "data.labels=[O,B-X,I-X]"]
+    assert dora_eval(words) == 2, "numbers would be counted in another order than the user says"
+    assert "not the labels of the head that was trained" in capsys.readouterr().err
     (tmp_path / "own.jsonl").write_text('{"tokens": ["good"], "tags": ["B-Y"]}\n')
     assert dora_eval([f"checkpoint={tmp_path}/run", f"data.path={tmp_path}/own.jsonl", f"out={tmp_path}/own"]) == 2
     assert "tag 'B-Y' is none of the tags (B-X, I-X, O)" in capsys.readouterr().err
