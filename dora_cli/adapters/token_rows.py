@@ -54,7 +54,9 @@ class TokenEmbedding(TokenRows):
     def forward(self, tokens: Tensor) -> Tensor:
         out: Tensor = self.base_layer(tokens)
         place = self.place[tokens]
-        mine = F.embedding(place.clamp_min(0), self.rows) * getattr(self.base_layer, "embed_scale", 1.0)  # Gemma 3's
+        mine = F.embedding(place.clamp_min(0), self.rows)
+        if (scale := getattr(self.base_layer, "embed_scale", None)) is not None:  # Gemma 3's, rounded as it does
+            mine = mine * (scale.to(self.weight.dtype) if isinstance(scale, Tensor) else scale)
         return torch.where((place >= 0)[..., None], mine.to(out.dtype), out)
 
 
