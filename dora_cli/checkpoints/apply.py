@@ -1,5 +1,6 @@
 """Put a saved adapter into a model in memory: to evaluate it, or to start from it."""
 
+import json
 from collections.abc import Mapping
 
 import torch
@@ -30,7 +31,7 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile) -> None:
             raise UserError(
                 f"the adapter does not fit the base: '{name}' has the shape {list(weight.shape)}",
                 where=f"{adapter.folder} has embeddings of the tokens {tokens.ids[:5]}",
-                hint="give the base that the adapter was trained on, with base=",
+                hint="give the base that the adapter was trained on, with base=, or let dora-merge make room first",
             )
         with torch.no_grad():
             weight[tokens.ids] = read_tensor(tokens.rows).to(weight)
@@ -85,11 +86,11 @@ def start_from(layers: Mapping[str, AdapterLayer], model: nn.Module, adapter: Ad
 
 
 def _start_rows(model: nn.Module, name: str, tokens: TokenUpdate, adapter: AdapterFile) -> None:
-    mine = _module(model, name, adapter)
+    mine, words = _module(model, name, adapter), adapter.method.get("added_tokens")
     if not isinstance(mine, TokenRows) or mine.ids.tolist() != tokens.ids:
         raise UserError(
             f"adapter.init_from={adapter.folder}: it has embeddings of new tokens, and here they are not the same",
-            hint=f"set model.add_tokens={adapter.method.get('added_tokens', 'the tokens it was trained with')}",
+            hint=f"set 'model.add_tokens={json.dumps(words, ensure_ascii=False)}'" if words else None,
         )
     with torch.no_grad():
         mine.rows.copy_(read_tensor(tokens.rows))

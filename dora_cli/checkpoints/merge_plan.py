@@ -8,7 +8,7 @@ from dora_cli.checkpoints.base_folder import Base
 from dora_cli.checkpoints.merged_config import architecture, base_architecture, has_task_head
 from dora_cli.checkpoints.names import model_names
 from dora_cli.checkpoints.peft_io import AdapterFile, SquareUpdate, Update
-from dora_cli.checkpoints.safetensors_io import FLOATS, Entry
+from dora_cli.checkpoints.safetensors_io import FLOATS, Entry, same_bytes
 from dora_cli.checkpoints.token_rows import TokenUpdate
 from dora_cli.checkpoints.weights import Piece
 from dora_cli.errors import UserError
@@ -32,6 +32,8 @@ def plan_merge(adapter: AdapterFile, base: Base, dtype: str | None) -> tuple[lis
     sources = {name: base.entries[key] for key, name in names.items()}
     _require_fit(adapter, base, sources)
     left_out = _pretraining_head(adapter, base, sources, prefix) - whole.keys()
+    rest = {name: entry for name, entry in sources.items() if name not in left_out and name not in whole}
+    tokens |= _copied_rows(tokens, rest, base)
     transposed = _transposed(updates, sources)
 
     pieces = []
@@ -53,6 +55,29 @@ def _token_rows(adapter: AdapterFile, base: Base) -> dict[str, TokenUpdate]:
     there = {key.split(".")[-2] for key in base.entries if key.endswith(".weight")}
     tokens = {name: rows for name, rows in adapter.tokens.items() if name.rpartition(".")[2] in there}
     return {f"{name}.weight": rows for name, rows in (tokens or adapter.tokens).items()}
+
+
+def _copied_rows(tokens: Mapping[str, TokenUpdate], others: Mapping[str, Entry], base: Base) -> dict[str, TokenUpdate]:
+    """The rows once more, for the second copy of a tied embedding that some checkpoints hold.
+
+    Raises:
+        UserError: the embedding grows, and something else that has a row for every token does not.
+    """
+    copies: dict[str, TokenUpdate] = {}
+    for name, rows in tokens.items():
+        size = others[name].shape[0]
+        for other, entry in others.items():
+            if other in tokens or entry.shape[:1] != (size,):
+                continue
+            if same_bytes(entry, others[name]):
+                copies[other] = rows
+            elif max(rows.ids) >= size == base.config.get("vocab_size"):
+                raise UserError(
+                    f"'{other}' of {base.folder} has a row for each of {size} tokens, as '{name}' has",
+                    where=f"{rows.rows.file} adds rows to '{name}' alone",
+                    hint="merge this adapter with PEFT itself",
+                )
+    return copies
 
 
 def _written(entry: Entry, dtype: str | None) -> str:
@@ -94,6 +119,11 @@ def _require_rows(adapter: AdapterFile, base: Base, entry: Entry, tokens: TokenU
             f"the adapter does not fit the base {base.folder}",
             where=f"'{entry.name}' has {entry.shape[0]} rows there, and the adapter follows on with {new[:5]}",
             hint="name the model it was trained on with base=",
+        )
+    if tokens.size > max(entry.shape[0], 1 + max(tokens.ids)):
+        raise UserError(
+            f"{adapter.folder}: '{tokens.name}' had {tokens.size} rows, of which the last were not trained",
+            hint="merge this adapter with PEFT itself",
         )
     if tokens.name in adapter.modules.parts or f"{tokens.name}.weight" in (*adapter.head, *adapter.replaced):
         raise UserError(f"{adapter.folder} changes '{tokens.name}' twice", hint="merge this adapter with PEFT itself")

@@ -175,6 +175,20 @@ def copy_bytes(entry: Entry, target: int, start: int) -> None:
                 done += count
 
 
+def same_bytes(a: Entry, b: Entry) -> bool:
+    """Whether two tensors are one in two copies, looked at in chunks."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with descriptor(a.file) as first, descriptor(b.file) as second:
+        for done in range(0, a.nbytes, CHUNK):
+            one, other = (memoryview(bytearray(min(CHUNK, a.nbytes - done))) for _ in range(2))
+            read_into(first, a.start + done, one, a.file)
+            read_into(second, b.start + done, other, b.file)
+            if one != other:
+                return False
+    return True
+
+
 def read_tensor(entry: Entry) -> Tensor:
     """One tensor, in memory of its own.
 

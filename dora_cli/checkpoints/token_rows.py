@@ -1,6 +1,6 @@
 """Rows of new tokens, as PEFT's ``trainable_token_indices`` saves them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from dora_cli.checkpoints.safetensors_io import FLOATS, Entry
 from dora_cli.errors import UserError
 
 KEY = "trainable_token_indices"
+WHOLE = ".token_adapter.base_layer.weight"  # which PEFT saves too where embeddings were resized
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class TokenUpdate:
     name: str  # of the module
     ids: list[int]
     rows: Entry  # (len(ids), d)
+    size: int = 0  # rows of the whole embedding, where the file says
 
 
 def take_tokens(config: dict[str, Any], entries: dict[str, Entry], file: Path) -> dict[str, TokenUpdate]:
@@ -36,15 +38,19 @@ def take_tokens(config: dict[str, Any], entries: dict[str, Entry], file: Path) -
         if isinstance(setting, dict):
             ids = next((ids for end, ids in setting.items() if f".{name}".endswith(f".{end}")), None)
         entry = entries.pop(key)
-        whole = (
+        fits = (
             isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids) and len(set(ids)) == len(ids)
         )
-        if not whole or len(entry.shape) != 2 or entry.shape[0] != len(ids) or entry.dtype not in FLOATS:
+        if not fits or len(entry.shape) != 2 or entry.shape[0] != len(ids) or entry.dtype not in FLOATS:
             raise UserError(
                 f"{file.parent} is damaged",
                 where=f"'{key}' has the shape {list(entry.shape)} and the type {entry.dtype}, and {KEY} is {ids}",
             )
         updates[name] = TokenUpdate(name, ids, entry)
+    for key in [key for key in entries if key.endswith(WHOLE)]:
+        name, whole = key.removeprefix(PREFIX).removesuffix(WHOLE), entries.pop(key)
+        if name in updates:
+            updates[name] = replace(updates[name], size=whole.shape[0])
     if setting and not found:
         raise UserError(f"{file.parent} is damaged", where=f"{KEY} is set, but there are no rows of tokens")
     return updates

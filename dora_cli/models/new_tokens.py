@@ -38,7 +38,7 @@ def add_tokens(model: Any, tokenizer: Any, words: Sequence[str], name: str) -> N
     Raises:
         UserError: a word that is empty or there twice, or a model of which not all embeddings can be resized so.
     """
-    if not all(words) or len(set(words)) < len(words):
+    if not all(word.strip() for word in words) or len(set(words)) < len(words):
         raise UserError(f"{KEY}={list(words)}: every token is a word, and is there once")
     source, output = model.get_input_embeddings(), model.get_output_embeddings()
     shared = [n for n, m in model.named_modules() if m is not output and getattr(m, "weight", None) is source.weight]

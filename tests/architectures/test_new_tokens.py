@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_cli.errors import UserError
@@ -117,6 +117,36 @@ def test_what_peft_has_trained_of_new_tokens_is_merged(save_base: Callable[..., 
     expected, merged = adapted.eval(), transformers.AutoModelForCausalLM.from_pretrained(place / "merged")
     with torch.no_grad():
         assert torch.allclose(expected(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-5)
+
+    # Some checkpoints hold a tied embedding twice: both copies get the rows, and an output that is another is refused.
+    tensors = load_file(base / "model.safetensors")
+    assert load_file(place / "merged/model.safetensors").keys() == tensors.keys()
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, base / "model.safetensors", {"format": "pt"})
+    merge(place / "adapter", place / "twice", base=str(base))
+    twice = load_file(place / "twice/model.safetensors")
+    assert torch.equal(twice["lm_head.weight"], merged.lm_head.weight)
+    assert torch.equal(twice["model.embed_tokens.weight"], merged.lm_head.weight)
+    save_file({**tensors, "lm_head.weight": embedding + 1}, base / "model.safetensors", {"format": "pt"})
+    config_file.write_text(
+        json.dumps({**json.loads(written), "trainable_token_indices": {"embed_tokens": [7, 44, 45]}})
+    )
+    weights = load_file(place / "adapter/adapter_model.safetensors")
+    save_file({k: v for k, v in weights.items() if "lm_head" not in k}, place / "adapter/adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"'lm_head.weight' of .* has a row for each of 44 tokens"):
+        merge(place / "adapter", place / "refused", base=str(base))
+
+
+def test_rows_are_scaled_and_rounded_as_those_of_the_base_are(tiny_models: Any) -> None:
+    """Gemma 3 multiplies what it looks up by the square root of its width, in the type of its weights."""
+    import transformers
+
+    from dora_cli.adapters.token_rows import TokenEmbedding
+
+    config = tiny_models.make_config("gemma3", hidden_size=20)
+    base = transformers.AutoModel.from_config(config).bfloat16().get_input_embeddings()
+    tokens = torch.tensor([[4, 50]])
+    assert torch.allclose(TokenEmbedding(base, [50])(tokens), base(tokens), rtol=0, atol=0)
 
 
 def test_rows_have_the_gradient_of_the_whole_matrix(tiny_models: Any) -> None:
