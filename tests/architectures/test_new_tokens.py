@@ -142,9 +142,11 @@ def test_rows_are_scaled_and_rounded_as_those_of_the_base_are(tiny_models: Any) 
     import transformers
 
     from dora_cli.adapters.token_rows import TokenEmbedding
+    from dora_cli.training.setup import lower
 
-    config = tiny_models.make_config("gemma3", hidden_size=20)
-    base = transformers.AutoModel.from_config(config).bfloat16().get_input_embeddings()
+    model: Any = transformers.AutoModel.from_config(tiny_models.make_config("gemma3", hidden_size=20))
+    lower(model.requires_grad_(False), torch.bfloat16)
+    base = model.get_input_embeddings()
     tokens = torch.tensor([[4, 50]])
     assert torch.allclose(TokenEmbedding(base, [50])(tokens), base(tokens), rtol=0, atol=0)
 

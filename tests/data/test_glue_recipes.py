@@ -59,6 +59,12 @@ def test_there_is_one_file_of_each_kind_for_each_task():
     assert {path.name for path in (RECIPES / "tuned" / "glue").iterdir()} == set(TABLE)
 
 
+def test_no_recipe_carries_one_methods_learning_rate_into_another():
+    """A rate in a recipe would beat the method's: full fine-tuning at an adapter's rate."""
+    for path in (RECIPES / "recipe").glob("*.yaml"):
+        assert "learning_rate" not in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("train", {}), path
+
+
 @pytest.mark.parametrize("task", TABLE)
 def test_a_data_file_holds_known_keys_roles_and_metrics(task):
     _, data = read(f"data/glue/{task}.yaml")

@@ -182,7 +182,8 @@ class MultipleChoice:
         said = as_text(label, None) or str(label)
         if known is not None:
             found = {i for i, name in enumerate(known) if str(name) == said}
-            if not any(is_integer(str(name)) for name in known) and isinstance(label, int):
+            is_number = isinstance(label, int) and not isinstance(label, bool)
+            if is_number and not any(is_integer(str(name)) for name in known):
                 found = {label}
         elif isinstance(label, (int, float)):
             found = {int(said)} if is_integer(said) else set()
@@ -195,6 +196,8 @@ class MultipleChoice:
             raise ValueError(f"label '{said}' of '{column}' may stand for several choices: name them in data.labels")
         if not found:
             shown = ", ".join(map(str, known)) if known is not None else f"0 to {len(choices) - 1}, a letter or a text"
+            if known is None and said == str(len(choices)):
+                shown += f"; numbers from 1 need data.labels=[{','.join(str(i + 1) for i in range(len(choices)))}]"
             raise ValueError(f"label '{said}' of '{column}' is none of the {len(choices)} choices ({shown})")
         return found.pop()
 
