@@ -19,7 +19,7 @@ from dora_cli.cli.harness_run import evaluate_through_harness, read_choice
 from dora_cli.cli.parts import load_parts
 from dora_cli.config.compose import compose
 from dora_cli.config.schema import Config, DataConfig
-from dora_cli.data.sources import load_rows
+from dora_cli.data.sources import buffer_size, load_rows
 from dora_cli.data.tasks import build_task
 from dora_cli.errors import UserError
 from dora_cli.evaluation.predict import evaluate
@@ -77,7 +77,7 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
     role = _file_role(overrides, split)
     # Without a validation split some of train was held out; what is left is the train split that was trained on.
     roles = ["train", "validation"] if split == "train" and role == "train" else [split]
-    buffer = data.shuffle_buffer if data.streaming and role == "train" else None
+    buffer = buffer_size(data) if role == "train" else None
     if buffer and split == "train" and _names_data(overrides):  # what is named here is read as a whole
         roles, buffer = [split], None
     rows = load_rows(data, offline=config.offline, seed=config.seed, roles=roles, file_role=role, stream=buffer)

@@ -225,6 +225,12 @@ def check_config(config: Config, where: Callable[[str], str | None]) -> None:
             where=where("data.streaming"),
             hint="set for example train.max_steps=10000; learning rate and pruning are planned over it",
         )
+    if data.shuffle_buffer is not None and not data.streaming:
+        raise UserError(
+            f"data.shuffle_buffer={data.shuffle_buffer} is for streamed rows; all others are shuffled as a whole",
+            where=where("data.shuffle_buffer"),
+            hint="leave it out, or set data.streaming=true",
+        )
     if data.streaming and config.train.workers:
         raise UserError(
             f"train.workers={config.train.workers}: streamed rows are put together by the process that trains",

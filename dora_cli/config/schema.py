@@ -81,7 +81,9 @@ class DataConfig:
         "auto", "folder that keeps tokens, and rows of large files, for later runs; auto: ~/.cache/dora_cli; null: none"
     )
     streaming: bool = key(False, "read training rows in order, a buffer at a time, and keep nothing of them")
-    shuffle_buffer: int = key(10_000, "rows of a streamed set that are read at once and shuffled together", low=1)
+    shuffle_buffer: int | None = key(
+        None, "rows of a streamed set that are read at once and shuffled together; null: 10,000", low=1
+    )
     holdout: float = key(0.1, "share of train held out where there is no validation split", above=0.0, below=1.0)
 
 

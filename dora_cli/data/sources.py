@@ -14,6 +14,7 @@ from dora_cli.data import files
 from dora_cli.data.origin import DataChoice, Source, open_source, rows_at_start, split_name
 from dora_cli.errors import UserError
 
+BUFFER = 10_000  # rows, unless data.shuffle_buffer says otherwise
 ROW = "__row__"  # column with a row's number in its file or split, from 0; survives shuffles and cuts
 
 
@@ -73,6 +74,11 @@ class Rows:
         """The same of a split itself, whichever role it has here."""
         role = next((role for role, mine in self.splits.items() if mine is split), None)
         return f"row {split[index][ROW] + 1}" if role is None else self.where(role, index)
+
+
+def buffer_size(config: Any) -> int | None:
+    """Training rows that are read at once where they are streamed; ``None`` where they are read as a whole."""
+    return (config.shuffle_buffer or BUFFER) if config.streaming else None
 
 
 def load_rows(

@@ -6,6 +6,7 @@ from typing import Any
 
 from dora_cli.adapters.base import AdapterLayer, linear_shape
 from dora_cli.data.encoded import Encoded
+from dora_cli.data.sources import buffer_size
 from dora_cli.training.examples import examples
 from dora_cli.training.memory import NoEstimate, estimate
 from dora_cli.training.optim import warmup_steps
@@ -52,7 +53,7 @@ def _run(session: Session, out: str) -> dict[str, str]:
 def _data(session: Session) -> dict[str, str]:
     lines = {role: _size(rows) for role, rows in session.encoded.items()}
     if session.stream is not None:
-        lines["train"] = f"streamed, {session.config.data.shuffle_buffer:,} rows at a time, which are shuffled"
+        lines["train"] = f"streamed, {buffer_size(session.config.data):,} rows at a time, which are shuffled"
     lines |= session.task.facts()
     cut = sum(rows.truncated for rows in session.encoded.values())
     if cut:

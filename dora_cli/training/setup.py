@@ -22,7 +22,7 @@ from dora_cli.config.schema import Config
 from dora_cli.data.batching import LengthGroupedBatches, batches
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.packing import pack
-from dora_cli.data.sources import Rows, load_rows
+from dora_cli.data.sources import Rows, buffer_size, load_rows
 from dora_cli.data.streaming import BatchStream, Block
 from dora_cli.data.tasks import build_task
 from dora_cli.data.tasks.base import Task
@@ -176,8 +176,7 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
     check_values(composed, budget)
     device, dtype = pick_device(config.train.device), autocast_dtype(config.train.precision)
 
-    buffer = config.data.shuffle_buffer if config.data.streaming else None
-    rows = load_rows(config.data, offline=config.offline, seed=config.seed, stream=buffer)
+    rows = load_rows(config.data, offline=config.offline, seed=config.seed, stream=buffer_size(config.data))
     task = build_task(replace(config.data, cache=None) if config.data.streaming else config.data)
     task.fit(rows)
 

@@ -16,7 +16,7 @@ TASKS = {
     "summarization": "dora_cli.data.tasks.summarization:Summarization",
 }
 
-# Options that not every task reads; null and false leave them out.
+# Options that not every task reads; null leaves them out.
 READ_BY = {
     "template": ("sft", "summarization"),
     "answer": ("sft",),
@@ -46,7 +46,8 @@ def build_task(config: Any) -> Any:
     """
     for option, tasks in READ_BY.items():
         value = getattr(config, option, None)
-        if value is not None and value is not False and config.task in TASKS and config.task not in tasks:
+        is_set = value is not None and (value is not False or option != "packing")
+        if is_set and config.task in TASKS and config.task not in tasks:
             raise UserError(
                 f"data.{option} is read by data.task={' and '.join(tasks)}, not by {config.task}",
                 hint=f"leave data.{option} out",
