@@ -208,7 +208,7 @@ def test_a_global_file_without_its_header_is_refused_or_mended(refusal, composed
         ("train.max_steps=[1]", "is not a whole number or null"),
         ("train.eval_every=often", "is not a number or null"),
         ("data.labels=3", "is not a list such as [a, b] or null"),
-        ("data.labels=[a=b]", "is not a list such as [a, b] or null"),
+        ("data.labels=[a={b}]", "is not a list such as [a, b] or null"),
         ("data.metrics={a: b}", "is not a list such as [a, b]"),
         ("data.columns=[a]", "is not a mapping"),
         ("adapter.rank=many", "is not a whole number or null"),
