@@ -235,7 +235,8 @@ class _Meter:
     def count(self, batch: dict[str, Tensor]) -> None:
         """Rows (a question is one, however many choices it has) and real tokens, read and to be written; on the CPU."""
         self.progress.samples += len(batch.get(CHOICES, batch["input_ids"]))
-        self.progress.tokens += sum(int(mask.sum()) for name, mask in batch.items() if name.endswith("attention_mask"))
+        for mask in (batch["attention_mask"], batch.get("decoder_attention_mask")):
+            self.progress.tokens += 0 if mask is None else int(mask.sum())
 
     def step(self, loss: Tensor, norm: Tensor, trained: int, verdict: Verdict) -> None:
         """A step of ``trained`` parameters is over; it counts as taken until :meth:`skipped` has looked."""

@@ -41,7 +41,17 @@ MATRIX: dict[str, tuple[str, str, int]] = {
     "qwen3_moe": (LANGUAGE, LANGUAGE, 8),
     "olmoe": (LANGUAGE, LANGUAGE, 8),
 }
-SLOW = ("t5_gated", "gemma2", "phi3", "qwen3_moe", "olmoe")  # near relations of others
+# near relations of others
+SLOW = ("t5_gated", "deberta_v1", "gemma2", "gemma3", "phi3", "qwen2_moe", "qwen3_moe", "olmoe")
+    "t5_gated",
+    "deberta_v1",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+)  # near relations of others
 RANK = 4
 
 

@@ -111,13 +111,19 @@ def test_yaml_files_are_described_and_names_match():
         (["recipe=typo.yaml"], "typo.yaml, line 3"),
     ],
 )
-def test_mistakes_exit_with_two_and_leave_no_folder(tmp_path, argv, message):
+def test_mistakes_exit_with_two_and_leave_no_folder(tmp_path, monkeypatch, capsys, argv, message):
     (tmp_path / "typo.yaml").write_text("# @package _global_\n# A typo.\nsede: 3\n")
-    done = dora_train(*argv, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert command.main(argv) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("error: ") and "Traceback" not in said
     assert os.listdir(tmp_path) == ["typo.yaml"]
+
+
+def test_a_process_exits_with_two(tmp_path):
+    done = dora_train("recipe=glue_sst2", "+typo=1", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown key 'typo'")
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_was_composed_is_handed_to_the_run(monkeypatch):

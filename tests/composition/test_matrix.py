@@ -184,7 +184,17 @@ STARTS = [
 ]
 
 
-@pytest.mark.parametrize(("init", "adapter"), STARTS)
+# Those that hold a start or an adapter for the first time are fast ones.
+NEW = [
+    pair
+    for k, pair in enumerate(STARTS)
+    if pair[0] not in {i for i, _ in STARTS[:k]} or pair[1] not in {a for _, a in STARTS[:k]}
+]
+
+
+@pytest.mark.parametrize(
+    ("init", "adapter"), [p if p in NEW[::2] else pytest.param(*p, marks=pytest.mark.slow) for p in STARTS]
+)
 def test_every_start_goes_with_every_adapter_that_provides_for_it(run: Any, init: str, adapter: str) -> None:
     prunable = "components" in load(ADAPTERS, adapter, key="").units
     chosen = (

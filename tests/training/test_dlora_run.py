@@ -56,11 +56,11 @@ def test_the_number_in_training_is_the_schedules_and_the_run_learns(
 @pytest.mark.parametrize(
     ("options", "step"),
     [
-        (["allocator.killed=drop"], 9),
+        pytest.param(["allocator.killed=drop"], 9, marks=pytest.mark.slow),
         (["allocator.killed=freeze", "allocator.state=keep"], 9),
         # the checkpoint lies between the step that lets gradients into idle modules and the one that reads them
         (["allocator.choice=probe"], 9),
-        (["importance=random"], 9),
+        pytest.param(["importance=random"], 9, marks=pytest.mark.slow),
         (["adapter=components", "importance.measure=parameters"], 12),
     ],
 )

@@ -23,7 +23,9 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", SHRINKING)
+@pytest.mark.parametrize(
+    "method", [m if m in ("dora", "adalora") else pytest.param(m, marks=pytest.mark.slow) for m in SHRINKING]
+)
 def test_shrinking_methods_count_by_the_schedule_and_end_on_budget(
     method: str, dora_train: Train, tmp_path: Path
 ) -> None:
