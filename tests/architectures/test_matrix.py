@@ -41,17 +41,8 @@ MATRIX: dict[str, tuple[str, str, int]] = {
     "qwen3_moe": (LANGUAGE, LANGUAGE, 8),
     "olmoe": (LANGUAGE, LANGUAGE, 8),
 }
-# near relations of others
+# Near relations of others.
 SLOW = ("t5_gated", "deberta_v1", "gemma2", "gemma3", "phi3", "qwen2_moe", "qwen3_moe", "olmoe")
-    "t5_gated",
-    "deberta_v1",
-    "gemma2",
-    "gemma3",
-    "phi3",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-)  # near relations of others
 RANK = 4
 
 
