@@ -45,6 +45,21 @@ def build_scorer(task: Task, *, keep: bool = False) -> Scorer:
     return scorer
 
 
+def measured(task: Any, known: Sequence[str]) -> list[str]:
+    """The metrics that a task names, but for the loss, which is measured anyway.
+
+    Raises:
+        UserError: one is not among those that are known of such a task.
+    """
+    names = [name for name in task.metric_names if name != "loss"]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(
+            f"data.metrics: '{unknown[0]}' is no metric of data.task={task.name}",
+            hint=f"choose from {', '.join(known)}",
+        )
+    return names
+
+
 class LabelScorer:
     """One value a row: a label, or a number."""
 
@@ -79,15 +94,8 @@ class TokenScorer:
     written: tuple[str, ...] = WRITTEN  # the metrics for which the model has to write
 
     def __init__(self, task: Any, keep: bool) -> None:
-        known = (*TOKENS, *self.written)
-        unknown = [name for name in task.metric_names if name not in (*known, "loss")]
-        if unknown:
-            raise UserError(
-                f"data.metrics: '{unknown[0]}' is no metric of data.task={task.name}",
-                hint=f"choose from {', '.join(known)}",
-            )
         self.task = task
-        self.names = [name for name in task.metric_names if name != "loss"]
+        self.names = measured(task, (*TOKENS, *self.written))
         self.writes = bool(set(self.written) & set(self.names))
         self.rows: list[Tensor] = []
         self.texts: list[tuple[str, str]] = []  # what was written, and what should have been

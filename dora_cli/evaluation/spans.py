@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_cli.data.tasks.qa import padding_before
-from dora_cli.errors import UserError
 from dora_cli.evaluation import SPANS
+from dora_cli.evaluation.scorers import measured
 from dora_cli.evaluation.squad import best_threshold, scores
 
 
@@ -35,14 +35,8 @@ class SpanScorer:
     """
 
     def __init__(self, task: Any, keep: bool) -> None:
-        unknown = [name for name in task.metric_names if name not in (*SPANS, "loss")]
-        if unknown:
-            raise UserError(
-                f"data.metrics: '{unknown[0]}' is no metric of data.task={task.name}",
-                hint=f"choose from {', '.join(SPANS)}",
-            )
         self.task = task
-        self.names = [name for name in task.metric_names if name != "loss"]
+        self.names = measured(task, SPANS)
         self.values: list[Tensor] = []  # (n, 2) of every batch: score of the answer, score of none
         self.places: list[Tensor] = []  # (n, 3): row, first and last token in its context
         self.asked: Any = None  # the split's rows

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dora_cli.data.tasks.ner import OUTSIDE, TAG
 from dora_cli.data.token_rows import IGNORED
-from dora_cli.errors import UserError
 from dora_cli.evaluation import TAGS
+from dora_cli.evaluation.scorers import measured
 
 
 class Tagging:
@@ -56,12 +56,7 @@ class TagScorer:
     """
 
     def __init__(self, task: Any, keep: bool) -> None:
-        unknown = [name for name in task.metric_names if name not in (*TAGS, "loss")]
-        if unknown:
-            raise UserError(
-                f"data.metrics: '{unknown[0]}' is no metric of data.task={task.name}",
-                hint=f"choose from {', '.join(TAGS)}",
-            )
+        self.names = measured(task, TAGS)
         self.task, self.keep = task, keep
         self.tagging = Tagging(task.labels) if task.has_entities else None
         self.right = self.words = self.matched = self.predicted = self.expected = 0
@@ -93,7 +88,7 @@ class TagScorer:
             "recall": _share(self.matched, self.expected),
             "accuracy": _share(self.right, self.words),
         }
-        return {name: values[name] for name in self.task.metric_names if name != "loss"}
+        return {name: values[name] for name in self.names}
 
     def predictions(self) -> list[dict[str, Any]]:
         return [

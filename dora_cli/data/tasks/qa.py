@@ -15,11 +15,11 @@ from dora_cli.data.tasks import higher_is_better
 from dora_cli.data.tasks.answers import Answers, read_answers
 from dora_cli.data.tasks.base import Loss, TaskChoice
 from dora_cli.data.tasks.conversations import BadRow
+from dora_cli.data.tasks.text import find_columns
 from dora_cli.data.token_rows import digest_of
 from dora_cli.data.tokens import CACHED_FROM
 from dora_cli.data.windows import SCALARS, Asked, Unfit, cut_windows
 from dora_cli.errors import UserError
-from dora_cli.registry import did_you_mean
 
 # Role → the names under which a column is looked for.
 ROLES = {
@@ -103,7 +103,7 @@ class QuestionAnswering:
         return higher_is_better(self.metric_names[0])
 
     def fit(self, rows: Rows) -> None:
-        self._rows, self.columns = rows, _find_columns(self.config.columns, rows)
+        self._rows, self.columns = rows, find_columns(self.config.columns, rows, ROLES, needed=NEEDED)
         empty, guessed = {}, {}
         for role, dataset in rows.splits.items():
             counts = [0, 0]
@@ -222,29 +222,6 @@ def _answers(row: Mapping[str, Any], columns: Mapping[str, str]) -> Answers:
 def padding_before(batch: dict[str, Tensor]) -> Tensor:
     """How far the tokens of every window are moved by padding on their left, shape ``(n,)``."""
     return (batch["attention_mask"].cumsum(1) == 0).sum(1)
-
-
-def _find_columns(asked: Mapping[str, str | None], rows: Rows) -> dict[str, str]:
-    """Role → column; a role that is not needed only where the data has a column for it, or the user names one."""
-    for role in asked:
-        if role not in ROLES:
-            raise UserError(f"unknown key 'data.columns.{role}'", hint=did_you_mean(role, ROLES))
-    first = next(iter(rows.splits.values())).column_names
-    found = {role: column for role, column in asked.items() if column}
-    for role, names in ROLES.items():
-        present = [name for name in names if name in first]
-        if role not in found and (role in NEEDED or (present and role not in asked)):
-            found[role] = present[0] if present else names[0]
-    for split, dataset in rows.splits.items():
-        there = [name for name in dataset.column_names if name != ROW]
-        for role, column in found.items():
-            if column not in there:
-                raise UserError(
-                    f"there is no column '{column}' for data.columns.{role}",
-                    where=f"{rows.origin.get(split) or f'split {split!r} of {rows.source}'} has: {', '.join(there)}",
-                    hint=f"say which it is with data.columns.{role}=NAME",
-                )
-    return found
 
 
 def _counted(counts: Mapping[str, int]) -> str:
