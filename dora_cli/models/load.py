@@ -174,6 +174,21 @@ def _require_class(auto: Any, auto_class: str, settings: Any, name: str) -> None
             f"model.name={name} is an encoder-decoder, of which a language model would be half",
             hint="choose a decoder (Llama, Qwen, GPT-2, …), or data.task=summarization",
         )
+    if auto_class == "AutoModelForCausalLM" and _reads_ahead(settings):
+        raise UserError(
+            f"model.name={name} is an encoder: it would see the tokens that it has to predict",
+            hint="choose a decoder (Llama, Qwen, GPT-2, …)",
+        )
+
+
+def _reads_ahead(settings: Any) -> bool:
+    """Whether a language model of these settings sees what follows a token, as BERT and its kin do.
+
+    GPT-NeoX says that it is no decoder, too, but has no class for masked words.
+    """
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(settings) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(settings, "is_decoder", True)
 
 
 def _refuse_unfit(model: Any, missing: list[str], name: str) -> None:
