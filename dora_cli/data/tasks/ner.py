@@ -174,7 +174,10 @@ def _check_rows(rows: Rows, tokens: str, tags: str) -> set[str]:
         for i, (words, given) in enumerate(zip(values(dataset, tokens), values(dataset, tags), strict=True)):
             texts = [as_text(tag, names) for tag in given] if isinstance(given, list) else []
             if problem := _problem(words, given, texts, tokens, tags):
-                raise UserError(problem, where=rows.where(role, i), hint="correct or remove the row")
+                hint = "correct or remove the row"
+                if isinstance(words, str) or isinstance(given, str):
+                    hint += "; csv and tsv files hold no lists, use jsonl or parquet"
+                raise UserError(problem, where=rows.where(role, i), hint=hint)
             found |= set(texts)  # type: ignore[arg-type]
     return found
 
