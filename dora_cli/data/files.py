@@ -123,7 +123,7 @@ def _parsed(text: str, path: Path, line: int | None) -> Any:
     """The value of ``text``, which is one line of a file, or where ``line`` is None all of it."""
     at = f"line {line}" if line else None
     try:
-        value = DECODER.decode(text)
+        value = DECODER.decode(text.rstrip("\r\n") if line else text)
         if HALF.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
