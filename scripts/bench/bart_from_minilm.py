@@ -15,6 +15,7 @@ words, but has never written a sentence. Teach it that in full before an adapter
 """
 
 import argparse
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def main() -> None:
     parser.add_argument("--decoder", type=int, default=6)
     args = parser.parse_args()
     difference = make(args.out, resolve_name(args.model), args.encoder, args.decoder)
-    print(f"{args.out}: its encoder's outputs differ from the original's by {difference:.1e} at most")
+    compared = f"its encoder's outputs differ from the original's by {difference:.1e} at most"
+    print(f"{args.out}: {'its encoder has other layers than the original' if isnan(difference) else compared}")
 
 
 if __name__ == "__main__":
