@@ -88,7 +88,10 @@ def is_file(recipe: str) -> bool:
 def missing_recipe(folders: Sequence[Path]) -> UserError:
     """The answer to a command without ``recipe=``."""
     names = ", ".join(choices("recipe", folders))
-    return UserError("no recipe is given", hint=f"say recipe=NAME or recipe=FILE.yaml   (all: {names})")
+    return UserError(
+        "no recipe is given",
+        hint=f"say recipe=NAME or recipe=FILE.yaml   (all: {names}); a run goes on with all the words it began with",
+    )
 
 
 def sentence(path: Path) -> str:

@@ -100,8 +100,9 @@ def test_it_learns_and_evaluations_agree_by_rows(
     assert dora_merge([f"checkpoint={run}", f"out={tmp_path}/merged"]) == 0
     base = AutoModelForQuestionAnswering.from_pretrained(encoder, num_labels=2)
     tokens = torch.randint(4, 20, (3, 12), generator=torch.Generator().manual_seed(0))
-    through_peft = PeftModel.from_pretrained(base, run / "adapter").eval()(tokens)
-    merged = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "merged").eval()(tokens)
+    inputs = {"input_ids": tokens, "token_type_ids": (torch.arange(12) > 4).long().expand(3, 12)}
+    through_peft = PeftModel.from_pretrained(base, run / "adapter").eval()(**inputs)
+    merged = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "merged").eval()(**inputs)
     assert torch.allclose(through_peft.start_logits, merged.start_logits, atol=1e-5)
     assert torch.allclose(through_peft.end_logits, merged.end_logits, atol=1e-5)
 

@@ -50,6 +50,6 @@ def build_task(config: Any) -> Any:
         if is_set and config.task in TASKS and config.task not in tasks:
             raise UserError(
                 f"data.{option} is read by data.task={' and '.join(tasks)}, not by {config.task}",
-                hint=f"leave data.{option} out",
+                hint=f"leave data.{option} out; where the recipe sets it, choose another recipe or data.{option}=null",
             )
     return load(TASKS, config.task, key="data.task")(config)

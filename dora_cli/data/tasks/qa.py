@@ -84,7 +84,7 @@ class QuestionAnswering:
 
     name, kind = "qa", "spans"
     auto_class = "AutoModelForQuestionAnswering"
-    peft_task_type = "QUESTION_ANS"
+    peft_task_type = None  # PEFT's class for questions (0.21) does not hand on token_type_ids
 
     def __init__(self, config: TaskChoice) -> None:
         if config.labels is not None:
