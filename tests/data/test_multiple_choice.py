@@ -188,3 +188,13 @@ def test_a_buffer_with_fewer_choices_does_not_limit_those_of_an_evaluation(tmp_p
     task, rows = build(tmp_path, QUESTIONS)
     task.fit(Rows({"train": rows.select([1])}))
     assert task.num_labels == 4
+
+
+@pytest.mark.parametrize(("labels", "said"), [([1, 2], True), ([0, 1], False)])
+def test_labels_that_seem_to_count_from_one_are_noted(
+    labels: list[int], said: bool, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"text": "w1", "choices": ["w2", "w3", "w4"], "label": labels[i % 2]} for i in range(20)]
+    task, split = build(tmp_path, rows)
+    notes = task.encode(split, tokenizer).notes
+    assert any("labels count from 0" in note for note in notes) == said

@@ -27,6 +27,7 @@ COLUMNS = {
     "label": ["label", "answerKey"],
     "id": ["id", "idx"],
 }
+FEW = 20  # rows that may all have another choice than the first one right
 
 
 class MultipleChoice:
@@ -112,6 +113,11 @@ class MultipleChoice:
             ) from error
         encoded = EncodedChoices.grouped(flat, counts, labels)
         encoded.ids = list(values(rows, self.columns.get("id", ROW)))
+        if len(read) >= FEW and bool((labels > 0).all()):
+            encoded.notes.append(
+                f"of {len(read):,} rows none has its first choice right: labels count from 0, "
+                "and from 1 with data.labels=[1,2,…]"
+            )
         if flat.truncated:
             encoded.notes.append(
                 f"{flat.truncated:,} of {sum(counts):,} choices and their text were longer than "
