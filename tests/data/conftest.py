@@ -1,5 +1,6 @@
 """Small files and tokenizers; the cache of ``datasets`` goes into the test's own folder."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -85,3 +86,23 @@ def tokenizer():
 @pytest.fixture
 def plain_tokenizer():
     return make_tokenizer("plain")
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    """A task fitted to rows of a file, and those rows; ``data`` keys as options."""
+    from dora_cli.data.sources import load_rows
+    from dora_cli.data.tasks import build_task
+
+    def fit(task, rows, **options):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        known = {"columns": {}, "labels": None, "metrics": [], "cache": None, "splits": {}, "holdout": 0.1}
+        source = {"name": None, "config": None, "path": str(file), "max_train_samples": None, "max_eval_samples": None}
+        choice = SimpleNamespace(**{"task": task, **known, **source, **options})
+        found = load_rows(choice, offline=True, seed=1, roles=["train"])
+        built = build_task(choice)
+        built.fit(found)
+        return built, found.splits["train"]
+
+    return fit

@@ -1,16 +1,13 @@
 """Every choice with its question, in batches of any numbers of choices; and what is refused."""
 
-import json
-from pathlib import Path
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from dora_cli.data.choices import EncodedChoices
-from dora_cli.data.sources import Rows, load_rows
-from dora_cli.data.tasks import build_task
+from dora_cli.data.sources import Rows
 from dora_cli.errors import UserError
 from dora_cli.evaluation.predict import evaluate
 
@@ -21,17 +18,10 @@ QUESTIONS = [
 ]
 
 
-def build(folder: Path, rows: list[Any], **options: Any) -> tuple[Any, Any]:
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"task": "multiple_choice", "columns": {}, "labels": None, "metrics": [], "max_length": 16, "cache": None}
-    source = {"name": None, "config": None, "path": str(file), "splits": {}, "holdout": 0.1}
-    limits = {"max_train_samples": None, "max_eval_samples": None}
-    choice = SimpleNamespace(**{**config, **source, **limits, **options})
-    loaded = load_rows(choice, offline=True, seed=1, roles=["train"])
-    task = build_task(choice)
-    task.fit(loaded)
-    return task, loaded.splits["train"]
+@pytest.fixture
+def build(fitted: Any) -> Any:
+    """The task fitted to such rows, and the rows."""
+    return partial(fitted, "multiple_choice", max_length=16)
 
 
 def texts(encoded: Any, tokenizer: Any, row: int = 0) -> list[str]:
@@ -48,8 +38,8 @@ def model() -> Any:
     return BertForMultipleChoice(BertConfig(vocab_size=47, initializer_range=0.5, **shape)).eval()
 
 
-def test_every_choice_is_read_with_its_question(tokenizer: Any, tmp_path: Path) -> None:
-    task, rows = build(tmp_path, QUESTIONS)
+def test_every_choice_is_read_with_its_question(tokenizer: Any, build: Any) -> None:
+    task, rows = build(QUESTIONS)
     encoded = task.encode(rows, tokenizer)
     assert texts(encoded, tokenizer) == [
         "[CLS] w1 w2 [SEP] w3 [SEP]",
@@ -59,12 +49,12 @@ def test_every_choice_is_read_with_its_question(tokenizer: Any, tmp_path: Path) 
     assert (len(encoded), encoded.lengths.tolist(), encoded.ids) == (3, [21, 14, 32], [0, 1, 2])
     assert (task.num_labels, encoded.scalars["labels"].tolist()) == (4, [1, 0, 3])
     begun = [{**row, "text_pair": "w9"} for row in QUESTIONS[:1]]
-    task, rows = build(tmp_path, begun)
+    task, rows = build(begun)
     assert texts(task.encode(rows, tokenizer), tokenizer)[0] == "[CLS] w1 w2 [SEP] w9 w3 [SEP]"
 
 
-def test_a_batch_of_questions_is_a_batch_of_all_their_choices(tokenizer: Any, tmp_path: Path) -> None:
-    task, rows = build(tmp_path, QUESTIONS)
+def test_a_batch_of_questions_is_a_batch_of_all_their_choices(tokenizer: Any, build: Any) -> None:
+    task, rows = build(QUESTIONS)
     encoded = task.encode(rows, tokenizer)
     for chosen in (encoded.batch([2, 1]), encoded.select([0, 2, 1]).batch([1, 2])):
         reference = tokenizer(
@@ -79,9 +69,9 @@ def test_a_batch_of_questions_is_a_batch_of_all_their_choices(tokenizer: Any, tm
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_the_loss_is_that_of_each_question_alone(tokenizer: Any, model: Any, side: str, tmp_path: Path) -> None:
+def test_the_loss_is_that_of_each_question_alone(tokenizer: Any, model: Any, side: str, build: Any) -> None:
     tokenizer.padding_side = side
-    task, rows = build(tmp_path, QUESTIONS)
+    task, rows = build(QUESTIONS)
     encoded = task.encode(rows, tokenizer)
     found = task.loss(model, encoded.batch([0, 1, 2]))
     alone = 0.0
@@ -123,10 +113,10 @@ def test_the_loss_is_that_of_each_question_alone(tokenizer: Any, model: Any, sid
     ],
 )
 def test_choices_and_labels_may_be_written_in_the_ways_that_people_have(
-    row: Any, options: Any, right: int, tokenizer: Any, tmp_path: Path
+    row: Any, options: Any, right: int, tokenizer: Any, build: Any
 ) -> None:
     whole = {"text": "w1", **({"choices": ["w3", "w4", "good"]} if "a" not in row else {}), **row}
-    task, rows = build(tmp_path, [whole], **options)
+    task, rows = build([whole], **options)
     encoded = task.encode(rows, tokenizer)
     assert encoded.scalars["labels"].tolist() == [right]
     assert texts(encoded, tokenizer)[0] == "[CLS] w1 [SEP] w3 [SEP]"
@@ -134,15 +124,15 @@ def test_choices_and_labels_may_be_written_in_the_ways_that_people_have(
     assert task.decode(encoded.scalars["labels"]) == ([options["labels"][right]] if "labels" in options else [right])
 
 
-def test_the_text_loses_its_end_and_a_choice_never_does(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_text_loses_its_end_and_a_choice_never_does(tokenizer: Any, build: Any) -> None:
     rows_in = [{"text": "w1 w2 w3 w4 w5", "choices": ["w6 w7 w8", "w9"], "label": 0}]
-    task, rows = build(tmp_path, rows_in, max_length=7)
+    task, rows = build(rows_in, max_length=7)
     encoded = task.encode(rows, tokenizer)
     assert texts(encoded, tokenizer) == ["[CLS] w1 [SEP] w6 w7 w8 [SEP]", "[CLS] w1 w2 w3 [SEP] w9 [SEP]"]
     assert encoded.notes == [
         "2 of 2 choices and their text were longer than data.max_length=7 tokens: the text lost its end"
     ]
-    task, rows = build(tmp_path, [QUESTIONS[0], *rows_in], max_length=5)
+    task, rows = build([QUESTIONS[0], *rows_in], max_length=5)
     with pytest.raises(UserError, match="choice 1 of a row is longer than") as caught:
         task.encode(rows, tokenizer)
     assert caught.value.where.endswith("rows.jsonl, line 2")
@@ -167,34 +157,34 @@ def test_the_text_loses_its_end_and_a_choice_never_does(tokenizer: Any, tmp_path
         ({}, {"labels": ["a", "b"]}, "3 choices, and data.labels names 2"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(row: Any, options: Any, message: str, tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_used_is_named(row: Any, options: Any, message: str, build: Any) -> None:
     good = {"text": "w1", "choices": ["w3", "w4"], "label": "1" if options.get("labels") == ["1", "2", "3"] else 1}
     bad = {**good, "choices": ["w3", "w4", "w5"], **row}
     with pytest.raises(UserError, match=message) as caught:
-        build(tmp_path, [good, bad], **options)
+        build([good, bad], **options)
     assert str(caught.value.where).endswith("rows.jsonl, line 2")
 
 
-def test_what_can_be_known_beforehand_is_refused(tmp_path: Path) -> None:
+def test_what_can_be_known_beforehand_is_refused(build: Any) -> None:
     with pytest.raises(UserError, match="'f1' has no meaning"):
-        build(tmp_path, QUESTIONS, metrics=["f1"])
+        build(QUESTIONS, metrics=["f1"])
     with pytest.raises(UserError, match=r"no column 'b' for data\.columns\.choices"):
-        build(tmp_path, QUESTIONS, columns={"choices": "text, b"})
+        build(QUESTIONS, columns={"choices": "text, b"})
     with pytest.raises(UserError, match=r"unknown key 'data\.columns\.choises'"):
-        build(tmp_path, QUESTIONS, columns={"choises": "choices"})
+        build(QUESTIONS, columns={"choises": "choices"})
 
 
-def test_a_buffer_with_fewer_choices_does_not_limit_those_of_an_evaluation(tmp_path: Path) -> None:
-    task, rows = build(tmp_path, QUESTIONS)
+def test_a_buffer_with_fewer_choices_does_not_limit_those_of_an_evaluation(build: Any) -> None:
+    task, rows = build(QUESTIONS)
     task.fit(Rows({"train": rows.select([1])}))
     assert task.num_labels == 4
 
 
 @pytest.mark.parametrize(("labels", "said"), [([1, 2], True), ([0, 1], False)])
 def test_labels_that_seem_to_count_from_one_are_noted(
-    labels: list[int], said: bool, tokenizer: Any, tmp_path: Path
+    labels: list[int], said: bool, tokenizer: Any, build: Any
 ) -> None:
     rows = [{"text": "w1", "choices": ["w2", "w3", "w4"], "label": labels[i % 2]} for i in range(20)]
-    task, split = build(tmp_path, rows)
+    task, split = build(rows)
     notes = task.encode(split, tokenizer).notes
     assert any("labels count from 0" in note for note in notes) == said

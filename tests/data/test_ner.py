@@ -1,7 +1,6 @@
 """Which token carries the tag of which word; and what is refused."""
 
-import json
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dora_cli.data.sources import ROW, Rows, load_rows
+from dora_cli.data.sources import ROW, Rows
 from dora_cli.data.tasks import build_task
 from dora_cli.data.token_rows import IGNORED
 from dora_cli.errors import UserError
@@ -56,17 +55,10 @@ def metaspace() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=rust, pad_token="<pad>", unk_token="<unk>")
 
 
-def build(folder: Path, rows: list[Any], **options: Any) -> tuple[Any, Any]:
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"task": "ner", "columns": {}, "labels": None, "metrics": [], "max_length": 64, "cache": None}
-    source = {"name": None, "config": None, "path": str(file), "splits": {}, "holdout": 0.1}
-    limits = {"max_train_samples": None, "max_eval_samples": None}
-    choice = SimpleNamespace(**{**config, **source, **limits, **options})
-    loaded = load_rows(choice, offline=True, seed=1, roles=["train"])
-    task = build_task(choice)
-    task.fit(loaded)
-    return task, loaded.splits["train"]
+@pytest.fixture
+def build(fitted: Any) -> Any:
+    """The task fitted to such rows, and the rows."""
+    return partial(fitted, "ner", max_length=64)
 
 
 def tagged(task: Any, encoded: Any, tokenizer: Any, row: int = 0) -> list[str]:
@@ -77,8 +69,8 @@ def tagged(task: Any, encoded: Any, tokenizer: Any, row: int = 0) -> list[str]:
     return [w if k == IGNORED else f"{w}={task.labels[k]}" for w, k in zip(words, labels, strict=True)]
 
 
-def test_the_first_token_of_a_word_carries_its_tag_as_in_transformers_own_way(tmp_path: Path) -> None:
-    task, rows = build(tmp_path, [{"tokens": WORDS, "tags": TAGS, "id": "x"}])
+def test_the_first_token_of_a_word_carries_its_tag_as_in_transformers_own_way(build: Any) -> None:
+    task, rows = build([{"tokens": WORDS, "tags": TAGS, "id": "x"}])
     tokenizer = wordpiece()
     encoded = task.encode(rows, tokenizer)
     reference = tokenizer(WORDS, is_split_into_words=True)
@@ -91,10 +83,10 @@ def test_the_first_token_of_a_word_carries_its_tag_as_in_transformers_own_way(tm
 
 
 @pytest.mark.parametrize("make", [lambda: byte_level(True), lambda: byte_level(False), metaspace])
-def test_a_space_counts_to_the_word_behind_it(make: Any, tmp_path: Path) -> None:
+def test_a_space_counts_to_the_word_behind_it(make: Any, build: Any) -> None:
     """Words stand in a text with spaces between them, whether or not the tokenizer would add one before each."""
     tokenizer = make()
-    task, rows = build(tmp_path, [{"tokens": ["ta", "so", "to"], "tags": ["A", "B", "C"]}])
+    task, rows = build([{"tokens": ["ta", "so", "to"], "tags": ["A", "B", "C"]}])
     encoded = task.encode(rows, tokenizer)
     found = tagged(task, encoded, tokenizer)
     if tokenizer.unk_token is None:
@@ -103,13 +95,13 @@ def test_a_space_counts_to_the_word_behind_it(make: Any, tmp_path: Path) -> None
         assert found == ["▁=A", "t", "a", "▁=B", "s", "o", "▁to=C"]
 
 
-def test_words_that_make_no_token_keep_their_place(tmp_path: Path) -> None:
+def test_words_that_make_no_token_keep_their_place(build: Any) -> None:
     tokenizer = wordpiece()
     rows_in = [
         {"tokens": ["\u200b", "to", "", "\ufe0f", "paris", " "], "tags": list("abcdef")},
         {"tokens": ["\u200b"], "tags": ["a"]},
     ]
-    task, rows = build(tmp_path, rows_in)
+    task, rows = build(rows_in)
     encoded = task.encode(rows, tokenizer)
     assert tagged(task, encoded, tokenizer) == [
         *("[CLS]", "[UNK]=a", "to=b", "[UNK]=c", "[UNK]=d", "par=e", "##is", "[UNK]=f", "[SEP]")
@@ -117,23 +109,23 @@ def test_words_that_make_no_token_keep_their_place(tmp_path: Path) -> None:
     assert tagged(task, encoded, tokenizer, 1) == ["[CLS]", "[UNK]=a", "[SEP]"]
     assert encoded[0]["token_type_ids"].tolist() == [0] * 9
     assert encoded.notes == ["5 words of which the tokenizer makes nothing: read as its unknown token"]
-    short, rows = build(tmp_path, rows_in, max_length=6)
+    short, rows = build(rows_in, max_length=6)
     cut = short.encode(rows, tokenizer)
     assert tagged(short, cut, tokenizer) == ["[CLS]", "[UNK]=a", "to=b", "[UNK]=c", "[UNK]=d", "[SEP]"]
     assert cut.truncated == 1 and cut.notes[0].startswith("2 words lost behind data.max_length=6 tokens")
 
 
-def test_words_behind_the_end_are_lost_and_counted(tmp_path: Path) -> None:
+def test_words_behind_the_end_are_lost_and_counted(build: Any) -> None:
     tokenizer = wordpiece()
-    task, rows = build(tmp_path, [{"tokens": WORDS, "tags": TAGS}, {"tokens": ["to"], "tags": ["O"]}], max_length=4)
+    task, rows = build([{"tokens": WORDS, "tags": TAGS}, {"tokens": ["to"], "tags": ["O"]}], max_length=4)
     encoded = task.encode(rows, tokenizer)
     assert tagged(task, encoded, tokenizer) == ["[CLS]", "wal=O", "##king", "[SEP]"]
     assert (encoded.truncated, encoded.notes[0].split()[:3]) == (1, ["3", "words", "lost"])
     with pytest.raises(UserError, match="max_length=2 leaves no room"):
-        build(tmp_path, [{"tokens": WORDS, "tags": TAGS}], max_length=2)[0].encode(rows, tokenizer)
+        build([{"tokens": WORDS, "tags": TAGS}], max_length=2)[0].encode(rows, tokenizer)
 
 
-def test_numbers_are_tags_by_the_names_of_the_data_or_of_the_user(tmp_path: Path) -> None:
+def test_numbers_are_tags_by_the_names_of_the_data_or_of_the_user(build: Any) -> None:
     import datasets
 
     names = ["O", "B-LOC", "I-LOC"]
@@ -149,9 +141,9 @@ def test_numbers_are_tags_by_the_names_of_the_data_or_of_the_user(tmp_path: Path
     assert tagged(task, task.encode(rows.splits["train"], wordpiece()), wordpiece())[1:3] == ["to=O", "par=B-LOC"]
 
     mine = [{"tokens": ["to", "paris"], "tags": [0, 1]}]
-    task, own = build(tmp_path, mine, labels=names)
+    task, own = build(mine, labels=names)
     assert tagged(task, task.encode(own, wordpiece()), wordpiece())[1:3] == ["to=O", "par=B-LOC"]
-    task, _ = build(tmp_path, mine)
+    task, _ = build(mine)
     assert (task.labels, task.metric_names) == (["0", "1"], ["accuracy"])
     assert "these tags mark no entities" in task.facts()["scored"]
 
@@ -174,30 +166,30 @@ def test_numbers_are_tags_by_the_names_of_the_data_or_of_the_user(tmp_path: Path
         ({"tokens": ["to"], "tags": [7]}, {"labels": ["O", "B-PER"]}, "tag '7' is none of the tags"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(row: Any, options: Any, message: str, tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_used_is_named(row: Any, options: Any, message: str, build: Any) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        build(tmp_path, [{"tokens": ["to"], "tags": ["O"]}, row], **options)
+        build([{"tokens": ["to"], "tags": ["O"]}, row], **options)
     assert str(caught.value.where).endswith("rows.jsonl, line 2")
 
 
-def test_what_can_be_known_beforehand_is_refused(tmp_path: Path) -> None:
+def test_what_can_be_known_beforehand_is_refused(build: Any) -> None:
     row = {"tokens": ["to"], "tags": ["O"]}
     with pytest.raises(UserError, match="every word has the same tag 'O'"):
-        build(tmp_path, [row])
+        build([row])
     with pytest.raises(UserError, match=r"no column 'pos' for data\.columns\.tags"):
-        build(tmp_path, [row], columns={"tags": "pos"})
+        build([row], columns={"tags": "pos"})
     with pytest.raises(UserError, match=r"unknown key 'data\.columns\.text'"):
-        build(tmp_path, [row], columns={"text": "tokens"})
-    task, rows = build(tmp_path, [row], labels=["O", "B-X"])
+        build([row], columns={"text": "tokens"})
+    task, rows = build([row], labels=["O", "B-X"])
     with pytest.raises(UserError, match="does not say which word a token comes from"):
         task.encode(rows, SimpleNamespace(is_fast=False))
 
 
-def test_the_loss_is_the_mean_over_words_whatever_batches_they_come_in(tmp_path: Path) -> None:
+def test_the_loss_is_the_mean_over_words_whatever_batches_they_come_in(build: Any) -> None:
     from transformers import BertConfig, BertForTokenClassification
 
     sentences = [["paris", "to"], ["to"], WORDS]
-    task, rows = build(tmp_path, [{"tokens": s, "tags": ["O", "B-LOC", "O", "I-LOC"][: len(s)]} for s in sentences])
+    task, rows = build([{"tokens": s, "tags": ["O", "B-LOC", "O", "I-LOC"][: len(s)]} for s in sentences])
     encoded = task.encode(rows, wordpiece())
     torch.manual_seed(0)
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}

@@ -1,4 +1,4 @@
-"""Models that the hub gives only to some, and weights that are taken as they are stored."""
+"""Gated models, encoders where a decoder is needed, and weights that are taken as they are stored."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,3 +42,9 @@ def test_as_stored_keeps_the_type_and_the_very_same_numbers(save_decoder: Callab
     assert {p.dtype for p in whole.parameters()} == {torch.float32}
     for (name, one), two in zip(stored.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(one.float(), two), name
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
+def test_an_encoder_is_no_language_model(save_base: Callable[..., Path], kind: str) -> None:
+    with pytest.raises(UserError, match="is an encoder: it would see the tokens that it has to predict"):
+        load(str(save_base(kind)), offline=True)

@@ -103,12 +103,6 @@ def test_a_tokenizer_without_pad_token_pads_with_its_end_token(save_base):
     assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id == 11
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
-def test_an_encoder_is_no_language_model(save_base, kind):
-    with pytest.raises(UserError, match="is an encoder: it would see the tokens that it has to predict"):
-        load(save_base(kind), auto_class="AutoModelForCausalLM")
-
-
 def test_token_types_are_kept_only_for_models_that_know_two(save_base):
     assert "token_type_ids" in load(save_base("bert")).tokenizer.model_input_names
     for kind in ("roberta", "gpt2", "llama"):

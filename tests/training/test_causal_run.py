@@ -4,8 +4,8 @@ import json
 import random
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -159,24 +159,10 @@ def test_what_it_writes_is_compared_with_what_it_should_say(tune: Callable[..., 
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    tune: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tune: Callable[..., int], unplugged_at: Callable[[int], AbstractContextManager[None]], tmp_path: Path
 ) -> None:
-    from dora_cli.cli import train_run
-
     assert tune(*METHOD, *STEPS, "adapter.dropout=0.1", f"out={tmp_path}/whole") == 0
-    real = train_run.save_checkpoint
-
-    class Unplugged(BaseException):
-        pass
-
-    def save(folder: Path, at: int, *args: Any, **options: Any) -> Path:
-        path = real(folder, at, *args, **options)
-        if at == 8:
-            raise Unplugged
-        return path
-
-    with monkeypatch.context() as patch, pytest.raises(Unplugged):
-        patch.setattr(train_run, "save_checkpoint", save)
+    with unplugged_at(8):
         tune(*METHOD, *STEPS, "adapter.dropout=0.1")
     assert tune(*METHOD, *STEPS, "adapter.dropout=0.1", "resume=true") == 0
     one, two = (load_file(tmp_path / r / "adapter/adapter_model.safetensors") for r in ("run", "whole"))

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,8 @@ from dora_cli.checkpoints.manifest import verify_manifest
 from dora_cli.cli import train_run
 
 Train = Callable[..., int]
+Unplug = Callable[[int], AbstractContextManager[None]]
 TIMES = ("samples_per_second",)  # all else in metrics.jsonl must be equal
-
-
-class Unplugged(BaseException):
-    """The plug is pulled right after a checkpoint."""
-
-
-def unplug_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    real = train_run.save_checkpoint
-
-    def save(folder: Path, at: int, *args: Any, **kwargs: Any) -> Path:
-        path = real(folder, at, *args, **kwargs)
-        if at == step:
-            raise Unplugged
-        return path
-
-    monkeypatch.setattr(train_run, "save_checkpoint", save)
 
 
 def outcome(run: Path) -> tuple[list[dict[str, Any]], Any, dict[str, torch.Tensor], dict[str, Any]]:
@@ -72,7 +58,7 @@ def outcome(run: Path) -> tuple[list[dict[str, Any]], Any, dict[str, torch.Tenso
     ],
 )
 def test_resuming_gives_the_same_bits(
-    method: str, step: int, dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, step: int, dora_train: Train, tmp_path: Path, unplugged_at: Unplug
 ) -> None:
     method, _, variant = method.partition(" ")
     words = [f"method={method}", "train.max_steps=40", "train.save_every=7", "train.eval_every=10", "train.log_every=4"]
@@ -86,10 +72,8 @@ def test_resuming_gives_the_same_bits(
     if variant == "random":
         words += ["importance=random"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
-    with monkeypatch.context() as patch:
-        unplug_after(patch, step)
-        with pytest.raises(Unplugged):
-            dora_train(*words, f"out={tmp_path}/cut")
+    with unplugged_at(step):
+        dora_train(*words, f"out={tmp_path}/cut")
     assert not (tmp_path / "cut/summary.json").exists()
     assert dora_train(*words, f"out={tmp_path}/cut", "resume=true") == 0
     metrics, ranks, tensors, summary = outcome(tmp_path / "whole")
@@ -103,13 +87,11 @@ def test_resuming_gives_the_same_bits(
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dora_train: Train, tmp_path: Path, unplugged_at: Unplug, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["method=lora", "budget=r1", "train.max_steps=20", "train.save_every=5"]
-    with monkeypatch.context() as patch:
-        unplug_after(patch, 10)
-        with pytest.raises(Unplugged):
-            dora_train(*words)
+    with unplugged_at(10):
+        dora_train(*words)
     newest = tmp_path / "run/checkpoints/step-00000010/optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-10])
     assert dora_train(*words, "resume=true") == 0
@@ -120,13 +102,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 
 def test_another_configuration_is_refused_and_logging_keys_are_free(
-    dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dora_train: Train, tmp_path: Path, unplugged_at: Unplug, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["method=lora", "budget=r1", "train.max_steps=12", "train.save_every=5"]
-    with monkeypatch.context() as patch:
-        unplug_after(patch, 5)
-        with pytest.raises(Unplugged):
-            dora_train(*words)
+    with unplugged_at(5):
+        dora_train(*words)
     assert dora_train(*words, "train.learning_rate=0.02", "resume=true") == 2
     assert "train.learning_rate" in capsys.readouterr().err
     assert dora_train(*words) == 2
@@ -170,6 +150,9 @@ def test_a_run_killed_after_its_merged_model_still_ends(
     dora_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["method=lora", "budget=r1", "train.max_steps=4", "train.save_every=2", "save.merged=true"]
+
+    class Unplugged(BaseException):
+        pass
 
     def unplug(*_: Any) -> None:
         raise Unplugged
