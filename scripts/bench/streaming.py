@@ -89,12 +89,12 @@ def one_pass(data: str, model: str) -> None:
     from transformers import AutoTokenizer
 
     from dora_cli.config.schema import DataConfig
-    from dora_cli.data.sources import load_rows
+    from dora_cli.data.sources import buffer_size, load_rows
     from dora_cli.data.streaming import BatchStream
     from dora_cli.data.tasks import build_task
 
-    config = DataConfig(task="clm", path=data, max_length=512, max_eval_samples=200, cache=None)
-    rows = load_rows(config, offline=True, seed=1, stream=config.shuffle_buffer)
+    config = DataConfig(task="clm", path=data, max_length=512, max_eval_samples=200, cache=None, streaming=True)
+    rows = load_rows(config, offline=True, seed=1, stream=buffer_size(config))
     task, tokenizer = build_task(config), AutoTokenizer.from_pretrained(model)
 
     def encode(part: Any) -> Any:
