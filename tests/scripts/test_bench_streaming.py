@@ -14,7 +14,7 @@ def test_a_pass_reads_every_row_but_those_that_validate_a_buffer_at_a_time(
 ) -> None:
     script = bench("streaming")
     monkeypatch.setattr(sources, "BUFFER", 64)
-    script.write_set(tmp_path / "texts.jsonl", 300_000)
+    script.write_set(tmp_path / "texts.jsonl", 600_000)
     script.write_model(tmp_path / "model")
     rows = len((tmp_path / "texts.jsonl").read_text().splitlines()) - 200
     script.one_pass(str(tmp_path / "texts.jsonl"), str(tmp_path / "model"))
