@@ -17,7 +17,7 @@ LEVEL = {
     **dict.fromkeys(("training", "checkpoints", "evaluation", "reporting"), 3),
     "allocation": 2,
     **dict.fromkeys(("adapters", "config", "models", "data"), 1),
-    **dict.fromkeys(("registry", "modes"), 0),
+    **dict.fromkeys(("registry", "modes", "processes"), 0),
     "errors": -1,
 }
 
