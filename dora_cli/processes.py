@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dora_cli.errors import UserError
 
@@ -199,9 +201,43 @@ def join(world: World, timeout: float) -> None:
         ) from error
 
 
+@cache
+def mesh(device_type: str) -> DeviceMesh:
+    """All processes in a row, for FSDP. To be asked for by all of them, the first time."""
+    return init_device_mesh(device_type, (dist.get_world_size(),))
+
+
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+SAID, WHY = "dora/said", "dora/why"  # in the store that processes met by
+
+
+def said_first(world: World, text: str) -> bool:
+    """Whether this process is the first of those that have something to say, as all that fail alike say the same.
+
+    What the first says is left for those who will miss it (``why``).
+    """
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        first = store.compare_set(SAID + sha256(text.encode()).hexdigest(), "", str(world.rank))
+        if first.decode() == str(world.rank):
+            store.compare_set(WHY, "", f"process {world.rank}: {text.splitlines()[0] if text else ''}")
+            return True
+        return False
+    except (RuntimeError, ValueError):  # nobody is there to ask
+        return True
+
+
+def why() -> str:
+    """What the first process that failed has said; empty where none said anything."""
+    try:
+        found: str = dist.distributed_c10d._get_default_store().compare_set(WHY, "", "").decode()
+        return found
+    except (RuntimeError, ValueError):
+        return ""
 
 
 def is_lost(error: BaseException) -> bool:

@@ -39,6 +39,7 @@ class Allocation:
         target: the resolved budget; None where the method has none.
         probe: the loss on a fixed validation batch, for importances that need it.
         units: what is allocated: ``components``, ``tensors``, or whole ``modules``.
+        agree: of several processes, gives each the scores of one of them, so that all choose the same to the bit.
 
     Raises:
         UserError: the schedule's window does not fit the run, or the allocator needs a budget and has none.
@@ -56,13 +57,14 @@ class Allocation:
         target: Target | None = None,
         probe: Callable[[], float] | None = None,
         units: str = "components",
+        agree: Callable[[Tensor], Tensor] = lambda scores: scores,
     ) -> None:
         self.table = UnitTable(layers, units)
         self.schedule, self.importance, self.allocator, self.regularizer = schedule, importance, allocator, regularizer
         self.window = allocator.window(schedule, total_steps)
         self.by_cost = target is not None and target.by_cost and allocator.mode in ("shrink", "grow", "constant")
         self.first, self.last = allocator.bounds(self.table, target)
-        self.probe = probe
+        self.probe, self.agree = probe, agree
         self.start_count, self.start_cost = len(self.table), int(self.table.cost.sum())
         allocator.attach(self.table)
         importance.attach(self.table)
@@ -156,10 +158,12 @@ class Allocation:
         return int((self.table.alive & ~self.table.frozen).sum())
 
     def _scores(self) -> Tensor:
-        return prefix_closed(self.table, self.importance.scores(self.table, self._masked_loss if self.probe else None))
+        scores = self.importance.scores(self.table, self._masked_loss if self.probe else None)
+        return prefix_closed(self.table, self.agree(scores))
 
     def _elements(self) -> list[Tensor]:
-        return self.importance.elements(self.table, self._masked_loss if self.probe else None)
+        elements = self.importance.elements(self.table, self._masked_loss if self.probe else None)
+        return list(self.agree(torch.cat(elements)).split([len(flat) for flat in elements])) if elements else []
 
     def _masked_loss(self, mask: Tensor) -> float:
         assert self.probe is not None

@@ -18,7 +18,7 @@ OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, "rep
 FREE_ON_RESUME = (
     *("out", "resume", "overwrite", "dry_run", "offline", "save.merged"),
     *("train.log_every", "train.save_every", "train.keep_last", "train.workers", "train.max_skipped"),
-    "data.cache",
+    *("data.cache", "train.timeout", "train.shard"),
 )
 
 
@@ -94,15 +94,10 @@ def check_same(saved_yaml: str, yaml: str, where: Path) -> None:
         UserError: naming what differs, from what to what.
     """
     try:
-        saved, new = _flat(saved_yaml), _flat(yaml)
+        different = differences(saved_yaml, yaml, FREE_ON_RESUME)
     except YAMLError as error:
         cause = str(error).splitlines()[0]
         raise UserError(f"{where} is damaged", where=cause, hint="start anew in another out=DIR") from None
-    different = [
-        f"{key}: {saved.get(key)} → {new.get(key)}"
-        for key in sorted(saved.keys() | new.keys())
-        if saved.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME)
-    ]
     if different:
         shown = "; ".join(different[:6]) + (f"; and {len(different) - 6} more" if len(different) > 6 else "")
         raise UserError(
@@ -110,6 +105,16 @@ def check_same(saved_yaml: str, yaml: str, where: Path) -> None:
             where=f"{where}: {shown}",
             hint="repeat the command of the interrupted run, or start anew in another out=DIR",
         )
+
+
+def differences(yaml: str, other: str, free: tuple[str, ...] = ()) -> list[str]:
+    """``key: a → b`` for each key of two configuration files that differs, but for ``free`` ones."""
+    old, new = _flat(yaml), _flat(other)
+    return [
+        f"{key}: {old.get(key)} → {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not (free and key.startswith(free))
+    ]
 
 
 def _flat(text: str) -> dict[str, Any]:

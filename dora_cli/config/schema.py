@@ -91,8 +91,8 @@ class DataConfig:
 class TrainConfig:
     epochs: float = key(3.0, "passes over the training data", above=0.0)
     max_steps: int | None = key(None, "optimizer steps; beats train.epochs", low=1)
-    batch_size: int = key(16, "rows per micro-batch", low=1)
-    eval_batch_size: int = key(64, "rows per evaluation batch", low=1)
+    batch_size: int = key(16, "rows per micro-batch, of all processes together", low=1)
+    eval_batch_size: int = key(64, "rows per evaluation batch of a process", low=1)
     accumulation: int = key(1, "micro-batches per optimizer step", low=1)
     learning_rate: float = key(1e-3, "peak learning rate of the adapter", above=0.0)
     head_learning_rate: float | None = key(None, "peak learning rate of the head; null: the adapter's", above=0.0)
@@ -110,6 +110,12 @@ class TrainConfig:
     patience: int | None = key(None, "stop after this many evaluations without a better metric; null: never", low=1)
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
     compile: bool = key(False, "torch.compile the model")
+    shard: str = key(
+        "auto",
+        "of several processes, whether each holds a part of the frozen base; auto: where it takes half a GPU's memory",
+        choices=("auto", "none", "full"),
+    )
+    timeout: float = key(600.0, "seconds that a process waits for the others", above=0.0)
     workers: int = key(
         0, "processes that pad batches; 0 is fastest: padding takes 0.2 ms, handing over from a process 2 ms", low=0
     )

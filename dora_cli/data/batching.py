@@ -1,7 +1,7 @@
 """Which rows form a batch: plans without state, so that any epoch can be entered anywhere."""
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dora_cli.data.encoded import Encoded
+from dora_cli.processes import World
 
 MEGABATCH = 50  # batches whose rows are sorted together: padding shrinks, the order stays random at large
 
@@ -64,6 +65,18 @@ class LengthGroupedBatches:
 def sequential_batches(lengths: Tensor, batch_size: int) -> list[list[int]]:
     """Evaluation batches: rows from long to short, so that little is padded; the same for every call."""
     return [batch.tolist() for batch in lengths.argsort(descending=True, stable=True).split(batch_size)]
+
+
+def dealt(plan: Iterable[list[int]], world: World) -> Iterator[list[int]]:
+    """This process's rows of each batch. Of a batch that has none for it, the first: see ``has_share``."""
+    for rows in plan:
+        yield list(world.share(rows)) or rows[:1]
+
+
+def has_share(rows: Sequence[int], world: World) -> bool:
+    """Whether a process has rows of its own in a batch. If not it goes along all the same and counts for nothing, for
+    all have to take part where the base is sharded."""
+    return len(rows) > world.rank
 
 
 def batches(

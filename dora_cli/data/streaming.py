@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_cli.data.batching import LengthGroupedBatches, batches
+from dora_cli.data.batching import LengthGroupedBatches, batches, dealt, has_share
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.sources import Rows
 from dora_cli.data.token_rows import NothingToLearnError
 from dora_cli.errors import UserError
+from dora_cli.processes import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,31 @@ class BatchStream:
         batch_size: rows of a batch.
         seed: of the order.
         remember: how many of the last batches :meth:`rows_of` knows.
+        world: all processes read all rows, and each takes its share of every batch.
     """
 
     def __init__(
-        self, rows: Rows, encode: Callable[[Rows], Encoded], *, batch_size: int, seed: int, remember: int
+        self,
+        rows: Rows,
+        encode: Callable[[Rows], Encoded],
+        *,
+        batch_size: int,
+        seed: int,
+        remember: int,
+        world: World = ALONE,
     ) -> None:
         assert rows.stream is not None
         self.rows, self.source, self.encode = rows, rows.stream, encode
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.world = batch_size, seed, world
         self.buffer, self.row, self.taken = 0, self.source.first, 0
         self.count = 0  # batches taken in all
         self.recent: deque[tuple[int, Block, list[int]]] = deque(maxlen=remember)
         self._digest: str | None = None  # of the buffer that a checkpoint was written in, until it has been compared
         self._current: Encoded | None = None
 
-    def batches(self, *, pin: bool = False) -> Iterator[dict[str, Tensor]]:
-        """From the position on, which moves with every batch.
+    def batches(self, *, pin: bool = False) -> Iterator[tuple[dict[str, Tensor], bool]]:
+        """This process's share of every batch from the position on, which moves with each; and whether it is one, or a
+        row that is to count for nothing.
 
         Raises:
             UserError: a row that can't be used, or can't be read, when its buffer is filled.
@@ -71,7 +81,7 @@ class BatchStream:
                 self.buffer, self.row, self.taken = self.buffer + 1, self.row + len(split), 0
             self.row = self.source.first
 
-    def _of_one(self, split: Any, pin: bool) -> Iterator[dict[str, Tensor]]:
+    def _of_one(self, split: Any, pin: bool) -> Iterator[tuple[dict[str, Tensor], bool]]:
         rows = replace(self.rows, splits={"train": split})
         try:
             block = Block(rows, self.encode(rows), self.row)
@@ -81,10 +91,11 @@ class BatchStream:
         self._compare(block.encoded)
         plan = LengthGroupedBatches(block.encoded.lengths, self.batch_size, self.seed)
         left = plan.epoch(self.buffer)[self.taken :]
-        for numbers, batch in zip(left, batches(block.encoded, left, pin=pin), strict=True):
+        mine = batches(block.encoded, dealt(left, self.world), pin=pin)
+        for numbers, batch in zip(left, mine, strict=True):
             self.recent.append((self.count, block, numbers))
             self.taken, self.count = self.taken + 1, self.count + 1
-            yield batch
+            yield batch, has_share(numbers, self.world)
 
     def rows_of(self, first: int, last: int) -> list[tuple[Block, int]]:
         """The rows of the batches with these numbers, counted from 0 over the whole run."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -12,11 +12,19 @@ from dora_cli.errors import UserError
 from dora_cli.evaluation import SCORERS, TOKENS, WRITTEN
 from dora_cli.evaluation.generate import answer, generate, last_turn, search, turn_ends
 from dora_cli.evaluation.metrics import build_metrics
+from dora_cli.processes import World
 from dora_cli.registry import load
 
 
 class Scorer(Protocol):
-    """One evaluation of one split."""
+    """One evaluation of one split.
+
+    ``taken``: the names of the attributes that grow with every batch, lists of tensors or of what JSON can say, and
+    counts. Those of several scorers, joined, are those of one that has taken in all.
+    """
+
+    taken: ClassVar[tuple[str, ...]]
+    writes: bool  # whether the model is run once more, to write
 
     def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor], references: Sequence[Any] = ()) -> None:
         """Take in a batch: what ``Task.loss`` gave with this model, what it was given, and ``Encoded.references``."""
@@ -63,25 +71,44 @@ def measured(task: Any, known: Sequence[str]) -> list[str]:
 class LabelScorer:
     """One value a row: a label, or a number."""
 
+    taken: ClassVar[tuple[str, ...]] = ("predicted", "expected")
+    writes = False
+
     def __init__(self, task: Any, keep: bool) -> None:
-        self.task, self.keep = task, keep
-        self.set = build_metrics(task.metric_names, task.num_labels)
+        self.task = task
+        build_metrics(task.metric_names, task.num_labels)  # a wrong name, before there is anything to measure
         self.predicted: list[Tensor] = []
         self.expected: list[Tensor] = []
 
     def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor], references: Sequence[Any] = ()) -> None:
-        prediction, reference = self.task.predict(outputs), self.task.reference(batch)
-        self.set.update(prediction, reference)
-        if self.keep:
-            self.predicted.append(prediction.cpu())
-            self.expected.append(reference.cpu())
+        self.predicted.append(self.task.predict(outputs))  # on the device: read when the metrics are
+        self.expected.append(self.task.reference(batch))
 
     def metrics(self) -> dict[str, float]:
-        return self.set.compute()
+        found = build_metrics(self.task.metric_names, self.task.num_labels)
+        found.update(torch.cat(self.predicted), torch.cat(self.expected))
+        return found.compute()
 
     def predictions(self) -> list[dict[str, Any]]:
-        said, meant = (self.task.decode(torch.cat(values)) for values in (self.predicted, self.expected))
+        said, meant = (self.task.decode(torch.cat(values).cpu()) for values in (self.predicted, self.expected))
         return [{"prediction": p, "reference": r} for p, r in zip(said, meant, strict=True)]
+
+
+def join(scorer: Scorer, world: World) -> None:
+    """Let a process's scorer take in what those of all others have."""
+    if world.alone:
+        return
+    tensors, rest = {}, {}
+    for name in scorer.taken:
+        values = getattr(scorer, name)
+        if isinstance(values, list) and values and isinstance(values[0], Tensor):
+            tensors[name] = torch.cat(values)
+        else:
+            rest[name] = values
+    parcels = world.gather(tensors, rest)
+    for name in scorer.taken:
+        first, *more = ([theirs[name]] if name in theirs else others[name] for theirs, others in parcels)
+        setattr(scorer, name, sum(more, first))
 
 
 class TokenScorer:
@@ -91,6 +118,7 @@ class TokenScorer:
     rows of which the model, given all before the last learned stretch, writes what ``data.answer`` finds in it.
     """
 
+    taken: ClassVar[tuple[str, ...]] = ("rows", "texts")
     written: tuple[str, ...] = WRITTEN  # the metrics for which the model has to write
 
     def __init__(self, task: Any, keep: bool) -> None:
@@ -98,7 +126,7 @@ class TokenScorer:
         self.names = measured(task, (*TOKENS, *self.written))
         self.writes = bool(set(self.written) & set(self.names))
         self.rows: list[Tensor] = []
-        self.texts: list[tuple[str, str]] = []  # what was written, and what should have been
+        self.texts: list[Sequence[str]] = []  # what was written, and what should have been
 
     def update(self, model: Any, outputs: Tensor, batch: dict[str, Tensor], references: Sequence[Any] = ()) -> None:
         self.rows.append(outputs.detach())

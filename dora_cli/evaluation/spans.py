@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ class SpanScorer:
     end logit, of all such spans; a row's is the best of its windows'. The score of no answer is that sum at the null
     position, the smallest of the row's windows; where ``task.null_answers``, it is the answer where it is larger.
     """
+
+    taken: ClassVar[tuple[str, ...]] = ("values", "places")
+    writes = False
 
     def __init__(self, task: Any, keep: bool) -> None:
         self.task = task

@@ -25,7 +25,7 @@ class Rouge:
 
         self.names, self.scorer = list(names), RougeScorer(list(names), use_stemmer=True)
 
-    def mean(self, texts: Iterable[tuple[str, str]]) -> dict[str, float]:
+    def mean(self, texts: Iterable[Sequence[str]]) -> dict[str, float]:
         """Of a prediction and its reference a row; a row without words in either counts 0."""
         rows = [self.scorer.score(reference, prediction) for prediction, reference in texts]
         return {name: sum(row[name].fmeasure for row in rows) / max(len(rows), 1) for name in self.names}

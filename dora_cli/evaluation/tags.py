@@ -1,7 +1,7 @@
 """Scores of tagged words: entities by the definition of the CoNLL shared tasks, and words."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -54,6 +54,9 @@ class TagScorer:
     An entity is right where its first word, its last word and its kind are. Words that were lost at the end of a long
     row are not scored.
     """
+
+    taken: ClassVar[tuple[str, ...]] = ("right", "words", "matched", "predicted", "expected", "rows")
+    writes = False
 
     def __init__(self, task: Any, keep: bool) -> None:
         self.names = measured(task, TAGS)

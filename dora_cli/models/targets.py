@@ -49,6 +49,17 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] | None, exclude:
     return [name for name, _ in model.named_modules() if name in chosen]
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer layers, in model order: what the outermost lists of modules hold."""
+    found: list[nn.Module] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not name.startswith(inside or ("\0",)):
+            found += list(module)
+            inside += (f"{name}.",)
+    return found
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer that an adapter fits: ``nn.Linear``, or ``Conv1D`` (weight transposed)."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

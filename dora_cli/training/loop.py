@@ -1,9 +1,11 @@
 """The training loop: fetch, forward and backward, allocate, step, and only when due log, evaluate and save."""
 
 import math
+import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -17,7 +19,8 @@ from dora_cli.data.encoded import Encoded
 from dora_cli.errors import UserError
 from dora_cli.modes import autocast, evaluating
 from dora_cli.training.optim import optimizer_step
-from dora_cli.training.setup import Session
+from dora_cli.training.parallel import add_up
+from dora_cli.training.setup import Batch, Session
 from dora_cli.training.state import Progress
 
 SKIPPED = "skipped"  # the "split" of steps that were not taken
@@ -61,24 +64,27 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
     for step in range(progress.step + 1, total + 1):
         # The number of rows (or tokens) that the loss averages over must be known before the first backward.
         micro_batches = [next(stream) for _ in range(accumulation)]
-        count = sum(task.count(batch) for batch in micro_batches)
-        step_loss = torch.zeros((), device=device)
-        for i, batch in enumerate(micro_batches):
-            meter.count(batch)
-            if session.masks is not None:
-                session.masks.move(step, i)
-            for siblings in session.siblings:
-                siblings.forget()
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            with autocast(device, session.autocast_dtype):
-                loss = task.loss(session.forward, batch).total  # the outputs must not live into the next forward pass
-            (loss / count).backward()
-            step_loss += loss.detach() / count
+        count, asked = _together(session, [batch for batch, counts in micro_batches if counts], meter, hooks)
+        step_loss = torch.zeros(1, device=device)
+        with session.own_random.drawn() if session.own_random is not None else nullcontext():
+            for i, (batch, counts) in enumerate(micro_batches):
+                if session.masks is not None:
+                    session.masks.move(step, i)
+                for siblings in session.siblings:
+                    siblings.forget()
+                batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+                with autocast(device, session.autocast_dtype):
+                    loss = task.loss(session.forward, batch).total  # outputs must not live into the next forward pass
+                loss = loss / count if counts else loss * 0.0
+                loss.backward()
+                step_loss += loss.detach()
 
+        add_up(session.world, session.candidates(), [step_loss, *session.allocation.importance.partial_sums()])
         session.allocation.after_backward(step)
         # In the model's order, which freezing, thawing and resuming leave alone: the norm is then the same to the bit.
         trained = [p for p in session.candidates() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        step_loss = step_loss.squeeze(0)
         verdict = Verdict.of(step_loss + norm)  # what is not finite must never reach the weights
         if config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(trained, config.clip_norm, norm)
@@ -99,7 +105,7 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
             hooks.event(event)
         if logs and progress.pending_steps:
             hooks.log(meter.record(step, learning_rate, session))
-        stopping = hooks.stop()
+        stopping = hooks.stop() if session.world.alone else asked
         if evaluates:
             if _evaluate(session, progress, hooks):
                 return None
@@ -114,6 +120,28 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
         if stopping:
             return stopping
     return None
+
+
+def _together(session: Session, own: Sequence[Batch], meter: "_Meter", hooks: Hooks) -> tuple[int, str | None]:
+    """Count a step's batches: these, and those of the other processes.
+
+    Returns:
+        What the loss of all of them is divided by, and the signal that one of several processes has been sent.
+    """
+    asked = hooks.stop()
+    sizes = [(session.task.count(batch), *_size(batch)) for batch in own]
+    mine = [sum(column) for column in zip((0, 0, 0), *sizes, strict=True)]
+    told = session.world.exchange([*mine, signal.Signals[asked].value if asked else 0])
+    *sums, signals = zip(*told, strict=True)
+    count, samples, tokens = map(sum, sums)
+    meter.count(samples, tokens)
+    return count, signal.Signals(max(signals)).name if any(signals) else None
+
+
+def _size(batch: Batch) -> tuple[int, int]:
+    """Rows (a question is one, however many choices it has) and real tokens, read and to be written; on the CPU."""
+    masks = (batch["attention_mask"], batch.get("decoder_attention_mask"))
+    return len(batch.get(CHOICES, batch["input_ids"])), sum(int(mask.sum()) for mask in masks if mask is not None)
 
 
 def _count_skipped(session: Session, progress: Progress, hooks: Hooks, meter: "_Meter") -> None:
@@ -232,11 +260,9 @@ class _Meter:
         self.since = time.perf_counter()
         self.samples_before, self.seconds_before = progress.samples, progress.seconds
 
-    def count(self, batch: dict[str, Tensor]) -> None:
-        """Rows (a question is one, however many choices it has) and real tokens, read and to be written; on the CPU."""
-        self.progress.samples += len(batch.get(CHOICES, batch["input_ids"]))
-        for mask in (batch["attention_mask"], batch.get("decoder_attention_mask")):
-            self.progress.tokens += 0 if mask is None else int(mask.sum())
+    def count(self, samples: int, tokens: int) -> None:
+        self.progress.samples += samples
+        self.progress.tokens += tokens
 
     def step(self, loss: Tensor, norm: Tensor, trained: int, verdict: Verdict) -> None:
         """A step of ``trained`` parameters is over; it counts as taken until :meth:`skipped` has looked."""

@@ -1,7 +1,7 @@
 """From a composed configuration to everything the loop needs. Nothing is written here but the cache of tokens."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from dora_cli.allocation import rules
 from dora_cli.allocation.budget import Budget
 from dora_cli.allocation.controller import Allocation
 from dora_cli.config.schema import Config
-from dora_cli.data.batching import LengthGroupedBatches, batches
+from dora_cli.data.batching import LengthGroupedBatches, batches, dealt, has_share
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.packing import pack
 from dora_cli.data.sources import Rows, buffer_size, load_rows
@@ -30,13 +30,15 @@ from dora_cli.errors import UserError
 from dora_cli.models.load import load_model
 from dora_cli.models.new_tokens import NewTokens
 from dora_cli.models.targets import stacked_experts
-from dora_cli.modes import autocast, evaluating, rehearsing
+from dora_cli.processes import ALONE, World
 from dora_cli.training.optim import build_optimizer, build_scheduler
+from dora_cli.training.parallel import OwnRandom, sample
+from dora_cli.training.passes import first_row, keeping_apart, probe
+from dora_cli.training.shard import is_sharded, shard
 from dora_cli.training.sizing import asked_budget, check_values, sized_targets
 from dora_cli.training.start import fill, passes
 
 Batch = dict[str, Tensor]
-ROUNDING = {None: 1e-4, torch.bfloat16: 5e-3}  # how far apart two ways to the same loss may come, as a share of it
 Begin = Callable[[dict[str, AdapterLayer], nn.Module], object]
 
 
@@ -88,6 +90,10 @@ class Session:
     masks: Masks | None  # of the adapters' dropout
     siblings: list[Siblings]  # layers that are computed together
     notes: Sequence[str]  # of the start that looked at data, for the plan
+    world: World
+    sharded: bool  # whether each process holds a part of the frozen base
+    own_random: OwnRandom | None  # of the forward pass; None for one process alone
+    origin: str  # a digest of the weights before training, where several processes have to agree
     forward: nn.Module = field(init=False)  # the model, or its compiled form
     _candidates: tuple[int, list[nn.Parameter]] | None = None
 
@@ -102,16 +108,18 @@ class Session:
     def autocast_dtype(self) -> torch.dtype | None:
         return autocast_dtype(self.config.train.precision)
 
-    def micro_batches(self, first: int) -> Iterator[Batch]:
-        """The endless stream of training micro-batches from the ``first``-th on: a function of seed and position.
+    def micro_batches(self, first: int) -> Iterator[tuple[Batch, bool]]:
+        """This process's share of the endless stream of training micro-batches from the ``first``-th on, a function of
+        seed and position; and whether it is one, or a row that is to count for nothing.
 
         Where rows are streamed, the position is the stream's own, which a checkpoint holds.
         """
         pin = self.device.type == "cuda"
         if self.stream is not None:
             return self.stream.batches(pin=pin)
-        plan = self.plan.stream(first)
-        return batches(self.encoded["train"], plan, workers=self.config.train.workers, pin=pin)
+        plan, whole = dealt(self.plan.stream(first), self.world), self.plan.stream(first)
+        mine = batches(self.encoded["train"], plan, workers=self.config.train.workers, pin=pin)
+        return ((batch, has_share(rows, self.world)) for rows, batch in zip(whole, mine, strict=False))
 
     def rows_of(self, step: int) -> list[tuple[Block, int]]:
         """The training rows of a step (of a stream, one since the last log), and where each lies."""
@@ -146,26 +154,34 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` takes CUDA, then Apple's MPS, then the CPU.
+def pick_device(name: str, world: World = ALONE) -> torch.device:
+    """``auto`` takes CUDA, then Apple's MPS, then the CPU; of several processes on one machine each its own GPU.
 
     Raises:
         UserError: the device asked for is not here.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(n for n in ("cuda", "mps", "cpu") if available[n]))
+        name = next(n for n in ("cuda", "mps", "cpu") if available[n])
     if not available[name]:
         raise UserError(f"train.device={name}: this machine has none", hint="use train.device=auto or train.device=cpu")
-    return torch.device(name)
+    if name != "cuda" or world.alone:
+        return torch.device(name)
+    if world.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {world.rank} is number {world.local_rank + 1} on a machine with {torch.cuda.device_count()} GPUs",
+            hint="start torchrun with one process per GPU: --nproc-per-node=gpu",
+        )
+    return torch.device(name, world.local_rank)
 
 
-def build(composed: Composed, begin: Begin | None = None) -> Session:
-    """Load, adapt and join everything, cheapest checks first.
+def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) -> Session:
+    """Load, adapt and join everything, cheapest checks first. Processes do not communicate here.
 
     Args:
         composed: the configuration and its parts.
         begin: puts trained values into fresh layers and head, before anything looks at them.
+        world: this process among those of the run.
 
     Raises:
         UserError: whatever in the configuration, the data or the model does not fit.
@@ -174,7 +190,12 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
     units = rules.check(**parts, names=composed.names)
     budget = asked_budget(composed)
     check_values(composed, budget)
-    device, dtype = pick_device(config.train.device), autocast_dtype(config.train.precision)
+    if config.train.batch_size < world.size:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} is shared out among {world.size} processes",
+            hint=f"set it to {world.size} or more: a row for each process",
+        )
+    device, dtype = pick_device(config.train.device, world), autocast_dtype(config.train.precision)
 
     rows = load_rows(config.data, offline=config.offline, seed=config.seed, stream=buffer_size(config.data))
     task = build_task(replace(config.data, cache=None) if config.data.streaming else config.data)
@@ -206,9 +227,11 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
     token_rows = _token_rows(model, loaded.new_tokens, targets)
     if dtype is not None:
         lower(model, dtype)
-    model.to(device)
+    sharded = is_sharded(config.train.shard, model, world, device)
+    place = torch.device("cpu") if sharded else device  # until it is split, no device need hold all of it
+    model.to(place)
     if config.data.packing:
-        encoded["train"] = _packed(model, task, encoded["train"], config.data.max_length, device, dtype)
+        encoded["train"] = keeping_apart(model, task, encoded["train"], config.data.max_length, place, dtype)
     plan = LengthGroupedBatches(encoded["train"].lengths, config.train.batch_size, config.seed)
     start = getattr(parts["adapter"], "start", lambda: None)()
     asked = dict(zip(targets, ranks, strict=True))
@@ -216,7 +239,7 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         by_cost = target is not None and target.by_cost and parts["allocator"].mode not in ("shrink", "grow")
         shapes = [linear_shape(model.get_submodule(name)) for name in targets]
         costs = [parts["adapter"].unit_cost(*shape) if by_cost else 1 for shape in shapes]
-        looks = passes(model, task, encoded["train"], plan, device, dtype)
+        looks = passes(model, task, encoded["train"], plan, place, dtype)
         ranks = start.observe(model, targets, ranks, costs, looks)
     wrapped = {n: r for n, r in zip(targets, ranks, strict=True) if r > 0 or parts["allocator"].grows}
     seed_everything(config.seed)
@@ -227,8 +250,11 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         begin(layers, model)
     if config.train.gradient_checkpointing:
         _checkpoint_activations(model)
+    origin = "" if world.alone else sample(model)
+    if sharded:
+        shard(model, device)
 
-    stream = _stream(task, loaded.tokenizer, rows, config) if rows.stream is not None else None
+    stream = _stream(task, loaded.tokenizer, rows, config, world) if rows.stream is not None else None
     steps_per_epoch = ceil(len(plan) / config.train.accumulation) if stream is None else None
     total_steps = config.train.max_steps or ceil(config.train.epochs * len(plan) / config.train.accumulation)
     allocation = Allocation(
@@ -239,15 +265,14 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         regularizer=parts["regularizer"],
         total_steps=total_steps,
         target=target,
-        probe=_probe(model, task, encoded, parts["importance"], device, dtype),
+        probe=probe(model, task, encoded, parts["importance"], device, dtype, world),
         units=units,
+        agree=world.agreed,
     )
     allocation.on_empty(lambda name: remove(model, name))
     optimizer = build_optimizer(model, layers, loaded.head_modules, config.train)
-    masks = parts["adapter"].masks(layers, config.seed)
-    first = _first_row(model, task, encoded["train"], device, dtype)
-    siblings = [] if config.train.compile else list(join(layers, first).values())
-    return Session(
+    masks = parts["adapter"].masks(layers, config.seed if world.is_main else world.seed(config.seed))
+    session = Session(
         composed=composed,
         model=model,
         tokenizer=loaded.tokenizer,
@@ -271,12 +296,26 @@ def build(composed: Composed, begin: Begin | None = None) -> Session:
         plan=plan,
         stream=stream,
         masks=masks,
-        siblings=siblings,
+        siblings=[],
         notes=start.notes if start is not None else (),
+        world=world,
+        sharded=sharded,
+        own_random=None if world.alone else OwnRandom(device, world.seed(config.seed)),
+        origin=origin,
     )
+    if not sharded:
+        join_siblings(session)
+    return session
 
 
-def _stream(task: Task, tokenizer: Any, rows: Rows, config: Config) -> BatchStream:
+def join_siblings(session: Session) -> None:
+    """Find layers that can be computed together, by a forward pass; of a sharded base a matter of all processes."""
+    first = first_row(session.model, session.task, session.encoded["train"], session.device, session.autocast_dtype)
+    if not session.config.train.compile:
+        session.siblings = list(join(session.layers, first).values())
+
+
+def _stream(task: Task, tokenizer: Any, rows: Rows, config: Config, world: World) -> BatchStream:
     def encode(part: Rows) -> Encoded:
         task.fit(part)
         encoded = task.encode(part.splits["train"], tokenizer)
@@ -284,7 +323,7 @@ def _stream(task: Task, tokenizer: Any, rows: Rows, config: Config) -> BatchStre
 
     train = config.train
     unread = (train.log_every + 1) * train.accumulation  # the loop asks about batches since the last log at most
-    return BatchStream(rows, encode, batch_size=train.batch_size, seed=config.seed, remember=unread)
+    return BatchStream(rows, encode, batch_size=train.batch_size, seed=config.seed, remember=unread, world=world)
 
 
 def _token_rows(model: nn.Module, new: NewTokens | None, targets: Sequence[str]) -> dict[str, TokenRows]:
@@ -296,33 +335,6 @@ def _token_rows(model: nn.Module, new: NewTokens | None, targets: Sequence[str])
             hint="leave one of the two out",
         )
     return train_rows(model, new.embedding, new.output, new.ids)
-
-
-def _packed(
-    model: nn.Module, task: Task, encoded: Encoded, length: int, device: torch.device, dtype: torch.dtype | None
-) -> Encoded:
-    """Several documents to a row, where this model keeps them apart: a row of two has to have the loss of both alone.
-
-    Raises:
-        UserError: the model lets them see each other.
-    """
-    packed = pack(encoded, length)
-    middle = max(len(encoded) // 2 - 1, 0)
-    two = encoded.select(encoded.lengths.argsort(stable=True)[middle : middle + 2].tolist())  # of middling length
-    if len(two) == 2:
-        alone, together = two.batch([0, 1]), pack(two, int(two.lengths.sum())).batch([0])
-        with evaluating(model), torch.no_grad(), autocast(device, dtype):
-            apart, packed_loss = (
-                float(task.loss(model, {k: v.to(device) for k, v in batch.items()}).total)
-                for batch in (alone, together)
-            )
-        if abs(apart - packed_loss) > ROUNDING[dtype] * max(1.0, abs(apart)):
-            raise UserError(
-                f"data.packing=true: {type(model).__name__} lets the documents of a row see each other",
-                where=f"two documents have a loss of {apart:.6g} apart and {packed_loss:.6g} in one row",
-                hint="set data.packing=false",
-            )
-    return packed
 
 
 def _checkpoint_activations(model: Any) -> None:
@@ -343,39 +355,3 @@ def lower(model: nn.Module, dtype: torch.dtype) -> None:
         for parameter in own:
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(kind)
-
-
-def _first_row(
-    model: nn.Module, task: Task, encoded: Encoded, device: torch.device, dtype: torch.dtype | None
-) -> Callable[[], object]:
-    """A forward pass on one row as in training, which leaves no trace."""
-    batch = {k: v.to(device) for k, v in encoded.batch([0]).items()}
-
-    def run() -> None:
-        with rehearsing(model), torch.no_grad(), autocast(device, dtype):
-            task.loss(model, batch)
-
-    return run
-
-
-def _probe(
-    model: nn.Module,
-    task: Task,
-    encoded: Mapping[str, Encoded],
-    importance: Any,
-    device: torch.device,
-    dtype: torch.dtype | None,
-) -> Any:
-    """The loss on a fixed batch of validation rows, in eval mode, leaving no trace; None where nobody asks for it."""
-    if "probe" not in importance.needs:
-        return None
-    rows = encoded["validation"]
-    batch = rows.batch(range(min(importance.rows, len(rows))))
-    batch = {k: v.to(device) for k, v in batch.items()}
-
-    def probe() -> float:
-        with evaluating(model), torch.no_grad(), autocast(device, dtype):
-            loss, count, _ = task.loss(model, batch)
-        return float(loss) / int(count)
-
-    return probe

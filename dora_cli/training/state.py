@@ -1,7 +1,7 @@
 """All that exact resume needs, as tensors and JSON, and back. Writing files is the checkpoints room's business."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_cli.errors import UserError
+from dora_cli.processes import Parcel
 from dora_cli.training.setup import Session
 
 FORMAT = 2  # of a checkpoint; another one is refused
@@ -34,17 +35,18 @@ class Progress:
 
 
 def capture(session: Session, progress: Progress) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The state after a step.
+    """The state after a step: one for all processes, in each of them.
 
     Returns:
         File stem → tensors, for safetensors; and the rest, for JSON.
     """
     allocation_tensors, allocation_rest = _split(session.allocation.state_dict())
+    own = session.own_random.state if session.own_random is not None else {}
     tensors = {
         "model": {name: p.detach() for name, p in session.trained_parameters().items()},
         "optimizer": _optimizer_tensors(session),
         "allocation": allocation_tensors,
-        "random": _random_tensors(),
+        "random": _random_tensors(session.device) | _flat(session.world.gather(own)),
     }
     rest = {
         "format": FORMAT,
@@ -89,8 +91,11 @@ def restore(session: Session, tensors: Mapping[str, Mapping[str, Tensor]], rest:
     session.scheduler = build_scheduler(session.optimizer, config, session.total_steps)
     _load_optimizer(session, tensors["optimizer"])
     _advance(session, int(rest["scheduler"]["last_epoch"]))
-    _load_random(tensors["random"], rest["random"])
-    return Progress(**rest["progress"])
+    _load_random(session.device, tensors["random"], rest["random"])
+    progress = Progress(**rest["progress"])
+    if session.own_random is not None:
+        session.own_random.restore(_own_states(tensors["random"]), session.world, progress.step)
+    return progress
 
 
 def _optimizer_tensors(session: Session) -> dict[str, Tensor]:
@@ -120,11 +125,26 @@ def _advance(session: Session, last_epoch: int) -> None:
     scheduler._last_lr = [group["lr"] for group in session.optimizer.param_groups]
 
 
-def _random_tensors() -> dict[str, Tensor]:
+def _random_tensors(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
+
+
+def _flat(own: Sequence[Parcel]) -> dict[str, Tensor]:
+    """Each process's own random states, by its rank and their names."""
+    return {f"{rank}{SEPARATOR}{name}": state for rank, (states, _) in enumerate(own) for name, state in states.items()}
+
+
+def _own_states(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """By rank, of as many processes as there were."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, state in tensors.items():
+        rank, _, name = key.partition(SEPARATOR)
+        if name:
+            found.setdefault(int(rank), {})[name] = state
+    return [found[rank] for rank in sorted(found)]
 
 
 def _random_numbers() -> dict[str, Any]:
@@ -136,16 +156,14 @@ def _random_numbers() -> dict[str, Any]:
     }
 
 
-def _load_random(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+def _load_random(device: torch.device, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
     version, internal, gauss = numbers["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, pos, has_gauss, cached = numbers["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), pos, has_gauss, cached))
     torch.set_rng_state(tensors["cpu"].cpu())
-    if torch.cuda.is_available() and "cuda0" in tensors:
-        for i in range(torch.cuda.device_count()):
-            if f"cuda{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda{i}"].cpu(), i)
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"].cpu(), device)
 
 
 def _split(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:

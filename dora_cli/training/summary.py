@@ -15,8 +15,8 @@ from dora_cli.training.state import Progress
 MIB = 2**20
 
 
-def summarise(session: Session, progress: Progress) -> dict[str, Any]:
-    """The summary of a finished run. Metrics are those of the exported weights."""
+def summarise(session: Session, progress: Progress, peak_rss: int, peak_device: int | None) -> dict[str, Any]:
+    """The summary of a finished run. Metrics are those of the exported weights; peaks in MiB."""
     table, allocation = session.allocation.table, session.allocation
     chosen = progress.last if session.config.save.which == "last" else progress.best
     chosen = chosen or progress.last
@@ -49,12 +49,21 @@ def summarise(session: Session, progress: Progress) -> dict[str, Any]:
             "seconds": round(progress.seconds, 3),
             "samples_per_second": round(progress.samples / seconds, 2),
             "tokens_per_second": round(progress.tokens / seconds, 1),
-            "peak_rss_mib": peak_rss_mib(),
-            "peak_device_mib": peak_device_mib(session.device),
+            "processes": session.world.size,
+            "peak_rss_mib": peak_rss,
+            "peak_device_mib": peak_device,
         },
         "ranks": rank_map(session),
         "versions": versions(),
     }
+
+
+def peaks(session: Session) -> tuple[int, int | None]:
+    """Peaks in MiB of the process that took the most, in memory and on its device; asked of all of them."""
+    on_device = peak_device_mib(session.device)
+    told = session.world.exchange([peak_rss_mib(), on_device or 0])
+    rss, device = (max(column) for column in zip(*told, strict=True))
+    return rss, None if on_device is None else device
 
 
 def rank_map(session: Session) -> dict[str, int]:

@@ -103,7 +103,7 @@ def one_pass(data: str, model: str) -> None:
 
     stream = BatchStream(rows, encode, batch_size=8, seed=1, remember=1)
     begin, used, tokens = time.perf_counter(), time.process_time(), 0
-    for batch in stream.batches():
+    for batch, _ in stream.batches():
         if stream.buffer and stream.row == rows.stream.first:  # the next pass
             break
         tokens += int(batch["attention_mask"].sum())

@@ -9,7 +9,7 @@ import torch
 
 from dora_cli.checkpoints.apply import apply_adapter
 from dora_cli.checkpoints.peft_io import read_adapter
-from dora_cli.cli.train_run import write_result
+from dora_cli.cli.result_run import write_result
 from dora_cli.errors import UserError
 from dora_cli.training.summary import rank_map
 

@@ -41,7 +41,7 @@ def new_stream(request, write, plain_tokenizer):
 
 
 def taken(stream, n):
-    return [{k: v.tolist() for k, v in batch.items()} for batch in islice(stream.batches(), n)]
+    return [{k: v.tolist() for k, v in batch.items()} for batch, _ in islice(stream.batches(), n)]
 
 
 def test_the_order_is_that_of_each_buffer_by_itself(new_stream):

@@ -63,7 +63,7 @@ def test_both_sides_take_the_very_same_batches(ours: Any, theirs: Any) -> None:
 
     steps = 2 * 40 // 8
     loader = theirs.get_train_dataloader()
-    mine, other = list(islice(ours.micro_batches(0), steps)), [*loader, *loader]
+    mine, other = [batch for batch, _ in islice(ours.micro_batches(0), steps)], [*loader, *loader]
     assert ours.total_steps == len(mine) == len(other) == steps == theirs.args.num_train_epochs * len(loader)
     validation = ours.encoded["validation"]
     mine += list(batches(validation, sequential_batches(validation.lengths, 8)))

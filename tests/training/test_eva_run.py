@@ -83,7 +83,7 @@ def test_every_low_rank_adapter_starts_as_the_base_and_keeps_alpha_over_the_rank
     session = built[0]
     scale = 1.0 if alpha == "null" else 2.0
     assert len({layer.rank for layer in session.layers.values()}) > 1
-    batch = {k: v for k, v in next(session.micro_batches(0)).items() if k != "labels"}
+    batch = {k: v for k, v in next(session.micro_batches(0))[0].items() if k != "labels"}
     session.model.eval()
     with torch.no_grad():
         adapted = session.model(**batch).logits

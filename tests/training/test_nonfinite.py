@@ -179,18 +179,18 @@ def test_a_signal_counts_what_the_device_has_skipped_before_it_saves(
     monkeypatch.setattr(verdict, "waits", lambda device: True)
     seen = broken(2)
 
-    class Interrupted(train_run._Run):
-        """Its signal comes in the fifth step."""
+    class Interrupted(train_run.Signals):
+        """The signal comes in the fifth step."""
 
         @property
-        def signal(self) -> str | None:  # type: ignore[override]
+        def name(self) -> str | None:  # type: ignore[override]
             return "SIGTERM" if len(seen) >= 5 else None
 
-        @signal.setter
-        def signal(self, value: str | None) -> None:
+        @name.setter
+        def name(self, value: str | None) -> None:
             pass
 
-    monkeypatch.setattr(train_run, "_Run", Interrupted)
+    monkeypatch.setattr(train_run, "Signals", Interrupted)
     words = ["method=lora", "budget=r2", "train.max_steps=20", "train.log_every=100", "train.eval_every=100"]
     assert dora_train(*words, "train.save_every=100") == 143
     (folder,) = (tmp_path / "run/checkpoints").iterdir()

@@ -30,6 +30,10 @@ class Importance:
         Where the step was not taken, gradients may be no numbers, and state must stay what it was: ``verdict.choose``.
         """
 
+    def partial_sums(self) -> list[Tensor]:
+        """What was summed up over this process's part of a batch alone, float32: to be added up before ``update``."""
+        return []
+
     def close_period(self, table: UnitTable) -> None:
         """An event has come: what is measured from one event to the next ends here. Before ``scores``."""
 

@@ -53,6 +53,9 @@ class ModuleSensitivity(Importance):
         self.mean[index] = verdict.choose(mean, self.mean[index])
         self.spread[index] = verdict.choose(spread, self.spread[index])
 
+    def partial_sums(self) -> list[Tensor]:
+        return [self.gradients[m] for m in sorted(self.gradients)]
+
     def close_period(self, table: UnitTable) -> None:
         """Let go of a step that nobody looked at (``prune_peft`` does not at the last)."""
         self.updates.clear()

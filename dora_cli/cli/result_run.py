@@ -1,0 +1,107 @@
+"""What a run leaves: its weights as they are, in the layout that serves them (DESIGN 5)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_cli.adapters.base import AdapterLayer, is_transposed, linear_shape
+from dora_cli.adapters.mora import MoraLayer
+from dora_cli.adapters.weight_decomposed import WeightDecomposedLayer
+from dora_cli.checkpoints.adapter_format import (
+    LowRank,
+    Square,
+    TokenRows,
+    WeightDecomposed,
+    saved_by_peft,
+    write_adapter,
+    write_full,
+    write_square,
+)
+from dora_cli.training.setup import Session
+from dora_cli.training.shard import architecture
+from dora_cli.training.summary import rank_map
+
+
+def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None:
+    """Write the weights as they are into ``folder``, in PEFT's layout where ΔW has low rank (DESIGN 5)."""
+    composed = session.composed
+    method = {
+        "method": composed.method,
+        "parts": composed.names,
+        "recipe": composed.recipe,
+        "step": record["step"],
+        "metrics": record["metrics"],
+        "architecture": architecture(session.model),
+        "base_model_prefix": getattr(session.model, "base_model_prefix", ""),
+        "model_config": _model_config(session.model),
+        "ranks": rank_map(session),
+        "added_tokens": session.config.model.add_tokens,
+        "modules": session.allocation.table.names,  # what ``module`` in method_state.safetensors counts
+    }
+    task_type = session.task.peft_task_type
+    heads = saved_by_peft((n for n, _ in session.model.named_modules()), session.head_modules, task_type)
+    # Of the heads alone: asked for all of it, a sharded model would let go of what the other processes still hold.
+    head = {k: v for name in heads for k, v in session.model.get_submodule(name).state_dict(prefix=f"{name}.").items()}
+    common: dict[str, Any] = {
+        "head_modules": heads,
+        "base_name": session.source,
+        "revision": session.config.model.revision,
+        "task_type": task_type,
+        "method": method,
+    }
+    if composed.parts["adapter"].export == "full":
+        trained = {n: p.detach() for n, p in session.trained_parameters().items()}
+        write_full(folder, {**trained, **head}, **common)
+        return
+    if composed.parts["adapter"].export == "square":
+        squares = [_square(name, layer) for name, layer in session.layers.items() if layer.active]
+        write_square(folder, squares, head=head, state=session.allocation.unit_state(), **common)
+        return
+    modules = [_low_rank(session, name) for name in session.targets]
+    if composed.parts["adapter"].export == "decomposed":  # then what is its base again stays out of the file
+        modules = [module for module in modules if isinstance(module, WeightDecomposed)] or modules
+    write_adapter(
+        folder,
+        modules=modules,
+        head=head,
+        export=session.config.export,
+        state=session.allocation.unit_state(),
+        tokens=[TokenRows(n, la.ids.tolist(), la.rows.detach().cpu()) for n, la in session.token_rows.items()],
+        tokenizer=session.tokenizer if session.new_tokens else None,
+        **common,
+    )
+
+
+def _low_rank(session: Session, name: str) -> LowRank:
+    """The living components of one target module; none where it has no adapter (any more)."""
+    table = session.allocation.table
+    if name not in session.layers:
+        return _nothing(name, session.model.get_submodule(name))
+    layer = session.layers[name]
+    a, b = layer.low_rank()
+    if not layer.active:
+        return _nothing(name, layer.base_layer)
+    if table.kind == "components":
+        living = table.contributing()[table.rows[table.names.index(name)]].to(a.device)
+        a, b = a[living], b[:, living]
+    if isinstance(layer, WeightDecomposedLayer):
+        magnitude = layer.magnitude.detach().cpu()
+        return WeightDecomposed(name, a.cpu(), b.cpu(), layer.transposed, magnitude=magnitude)
+    return LowRank(name, a.cpu(), b.cpu(), layer.transposed)
+
+
+def _square(name: str, layer: AdapterLayer) -> Square:
+    assert isinstance(layer, MoraLayer)
+    return Square(name, layer.m.detach().cpu(), (layer.d_out, layer.d_in), layer.transposed)
+
+
+def _nothing(name: str, module: torch.nn.Module) -> LowRank:
+    d_out, d_in = linear_shape(module)
+    return LowRank(name, torch.empty(0, d_in), torch.empty(d_out, 0), is_transposed(module))
+
+
+def _model_config(model: Any) -> dict[str, Any]:
+    """The configuration as trained: labels, problem type, pad token."""
+    settings: dict[str, Any] = model.config.to_diff_dict()
+    return settings
