@@ -7,6 +7,7 @@ files go as safetensors and JSON, never pickled.
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -212,7 +213,8 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-SAID, WHY = "dora/said", "dora/why"  # in the store that processes met by
+SAID, WHY, LEFT = "dora/said", "dora/why", "dora/left"  # in the store that processes met by
+LINGERS = 3.0  # seconds
 
 
 def said_first(world: World, text: str) -> bool:
@@ -238,6 +240,18 @@ def why() -> str:
         return found
     except (RuntimeError, ValueError):
         return ""
+
+
+def linger(world: World) -> None:
+    """Before a process ends early: the main one, which may keep the store, lets the others ask what they have to."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        left, begin = store.add(LEFT, 1), time.monotonic()
+        while world.is_main and left < world.size and time.monotonic() - begin < LINGERS:
+            time.sleep(0.02)
+            left = store.add(LEFT, 0)
+    except (RuntimeError, ValueError):
+        return
 
 
 def is_lost(error: BaseException) -> bool:

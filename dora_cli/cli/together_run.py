@@ -10,7 +10,7 @@ from dora_cli.cli.run import FAILURE, guard, print_error
 from dora_cli.cli.train_run import run
 from dora_cli.config.compose import Composed
 from dora_cli.errors import UserError
-from dora_cli.processes import EndedElsewhereError, World, is_lost, join, leave, said_first, why
+from dora_cli.processes import EndedElsewhereError, World, is_lost, join, leave, linger, said_first, why
 
 LATE = "one of them has not answered for as long as train.timeout says"
 PATIENCE = 600.0  # seconds, where the configuration can't be read
@@ -21,6 +21,7 @@ def train_together(prepare: Callable[[list[str]], Composed], argv: list[str], wo
     _hush(world)
     code = guard(lambda words: _together(prepare, words, world), argv)
     if code:
+        linger(world)
         # What other threads wait for, of processes that have gone, may never come.
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -40,7 +40,7 @@ def describe(session: Session, out: str) -> Sections:
 
 def _run(session: Session, out: str) -> dict[str, str]:
     composed, config = session.composed, session.config
-    return {
+    lines = {
         "recipe": composed.recipe,
         "method": f"{composed.method}: "
         + ", ".join(composed.names[g] for g in ("adapter", "importance", "schedule", "allocator", "regularizer")),
@@ -48,6 +48,10 @@ def _run(session: Session, out: str) -> dict[str, str]:
         "seed": str(config.seed),
         "device": f"{session.device}, {config.train.precision}",
     }
+    if not session.world.alone:
+        held = "a part of the base in each" if session.sharded else "all of the base in each"
+        lines["processes"] = f"{session.world.size}, which share out every batch, {held}"
+    return lines
 
 
 def _data(session: Session) -> dict[str, str]:
@@ -163,6 +167,8 @@ def _notes(session: Session) -> list[str]:
             f"{_acting(allocation.allocator)} starts at step {early}, before the learning rate is warm "
             f"(step {warmup}): raise schedule.start, or lower train.warmup"
         )
+    if session.world.alone and session.config.train.shard == "full":
+        notes.append("train.shard=full: a process alone holds all of the base (torchrun starts several)")
     if session.device.type == "cpu" and session.config.train.precision == "bf16" and not _has_bf16(CPU_INFO):
         notes.append("this CPU has no bfloat16 units: train.precision=bf16 saves memory here, but is many times slower")
     if session.config.budget is not None and session.budget is None:

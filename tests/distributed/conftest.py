@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch.multiprocessing as mp
@@ -25,11 +27,17 @@ class Ended(NamedTuple):
 class Started:
     """Processes that run; ``ends`` waits for all of them."""
 
-    def __init__(self, commands: Sequence[Sequence[str]], folder: Path) -> None:
+    def __init__(
+        self,
+        commands: Sequence[Sequence[str]],
+        folder: Path,
+        unplugged_at: int | None = None,
+        first: Callable[[int], object] = lambda rank: None,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.folder, self.size = folder, len(commands)
+        self.folder, self.size, self.unplugged_at, self.first = folder, len(commands), unplugged_at, first
         fork = mp.get_context("fork")
         self.processes = [
             fork.Process(target=self._run, args=(rank, port, list(words))) for rank, words in enumerate(commands)
@@ -60,7 +68,35 @@ class Started:
             file = (self.folder / f"{rank}.{name}").open("w", buffering=1)
             os.dup2(file.fileno(), number)
             setattr(sys, "stdout" if number == 1 else "stderr", file)
+        self.first(rank)
+        if self.unplugged_at is not None and rank == self.size - 1:
+            self._pull_the_plug(self.unplugged_at)
         os._exit(main(words))
+
+    def _pull_the_plug(self, step: int) -> None:
+        """Be killed when the checkpoint of a step has been written."""
+        from dora_cli.cli import train_run
+
+        real = train_run.capture
+
+        def capture(session: Any, progress: Any) -> Any:
+            captured = real(session, progress)
+            if progress.step == step:
+                checkpoint = Path(session.config.out) / "checkpoints" / f"step-{step:08d}"
+                if session.world.is_main:  # alone: nobody else would write it
+                    train_run.save_checkpoint(
+                        checkpoint.parent,
+                        step,
+                        *captured,
+                        copies=[checkpoint.parents[1] / "config.yaml", checkpoint.parents[1] / "metrics.jsonl"],
+                        keep_last=2,
+                    )
+                while not checkpoint.is_dir():
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return captured
+
+        train_run.capture = capture  # type: ignore[assignment]
 
 
 Start = Callable[..., Started]
@@ -81,15 +117,28 @@ def still_model(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.fixture(scope="session")
+def common(still_model: Path, data_dir: Path) -> list[str]:
+    """What all runs have in common. Everything that they import is imported once, before they are forked."""
+    import torch.distributed.fsdp  # noqa: F401
+    import torchmetrics.classification  # noqa: F401
+
+    from dora_cli.cli import together_run  # noqa: F401
+    from dora_cli.cli.train import main
+
+    fixed = [f"model.name={still_model}", f"data.path={data_dir}", "recipe=text_classification"]
+    fixed += ["data.max_length=16", "train.batch_size=8", "train.timeout=60"]
+    assert main([*fixed, "method=dora", "budget=r2", "dry_run=true"]) == 0
+    return fixed
+
+
 @pytest.fixture
-def start(tmp_path: Path, still_model: Path, data_dir: Path) -> Start:
+def start(tmp_path: Path, common: list[str]) -> Start:
     """Start processes on the tiny model and data: one for each list of words, or ``size`` with the same words."""
 
-    def make(*words: str, size: int = 2, each: Sequence[Sequence[str]] = ()) -> Started:
-        fixed = [f"model.name={still_model}", f"data.path={data_dir}", "recipe=text_classification"]
-        fixed += ["data.max_length=16", "train.batch_size=8", "train.timeout=20"]
+    def make(*own: str, size: int = 2, each: Sequence[Sequence[str]] = (), **how: Any) -> Started:
         folder = tmp_path / f"said{len(list(tmp_path.glob('said*')))}"
         folder.mkdir()
-        return Started([[*fixed, *words, *own] for own in each or [[]] * size], folder)
+        return Started([[*common, *own, *more] for more in each or [[]] * size], folder, **how)
 
     return make
