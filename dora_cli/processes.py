@@ -40,6 +40,10 @@ class EndedElsewhereError(Exception):
         self.code = code
 
 
+class NotMetError(Exception):
+    """The other processes of this run did not come to the place where all meet."""
+
+
 @dataclass(frozen=True)
 class World:
     """One process among those of its run; alone by default, and then nothing here communicates.
@@ -187,7 +191,7 @@ def join(world: World, timeout: float) -> None:
         timeout: seconds that a process waits for the others, now and at any time.
 
     Raises:
-        UserError: they did not come.
+        NotMetError: they did not come.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -195,11 +199,7 @@ def join(world: World, timeout: float) -> None:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     except (dist.DistError, ValueError) as error:
-        raise UserError(
-            f"process {world.rank} of {world.size} could not meet the others within {timeout:g} s",
-            where=str(error).splitlines()[0],
-            hint="start all of them with one torchrun command on every machine, with the same address and port",
-        ) from error
+        raise NotMetError(str(error).splitlines()[0]) from error
 
 
 @cache

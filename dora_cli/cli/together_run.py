@@ -10,7 +10,7 @@ from dora_cli.cli.run import FAILURE, guard, print_error
 from dora_cli.cli.train_run import run
 from dora_cli.config.compose import Composed
 from dora_cli.errors import UserError
-from dora_cli.processes import EndedElsewhereError, World, is_lost, join, leave, linger, said_first, why
+from dora_cli.processes import EndedElsewhereError, NotMetError, World, is_lost, join, leave, linger, said_first, why
 
 LATE = "one of them has not answered for as long as train.timeout says"
 PATIENCE = 600.0  # seconds, where the configuration can't be read
@@ -36,7 +36,16 @@ def _together(prepare: Callable[[list[str]], Composed], argv: list[str], world: 
         composed = prepare(argv)
     except UserError as error:
         mistake = error
-    join(world, composed.config.train.timeout if composed is not None else PATIENCE)
+    timeout = composed.config.train.timeout if composed is not None else PATIENCE
+    try:
+        join(world, timeout)
+    except NotMetError as error:
+        print_error(
+            f"process {world.rank} of {world.size} has not met the others within train.timeout={timeout:g} s",
+            str(error),
+            "their own messages say why; on several machines all take the same torchrun command, address and port",
+        )
+        return FAILURE
     try:
         with world.together():
             if mistake is not None:
