@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dora_cli.config.recipes import GROUPS
@@ -124,10 +124,9 @@ def check_type(key: Key, value: Any, where: str | None = None) -> None:
 
 
 def _takes(hint: Any, value: Any) -> bool:
-    try:
-        holder = OmegaConf.structured(_holder(hint))
-    except OmegaConfBaseException:
-        return True  # a type that OmegaConf does not know: its part looks after it
+    holder = _holder(hint)
+    if holder is None:
+        return True
     try:
         holder.value = value
     except OmegaConfBaseException:
@@ -136,8 +135,13 @@ def _takes(hint: Any, value: Any) -> bool:
 
 
 @lru_cache
-def _holder(hint: Any) -> type:
-    return make_dataclass("Holder", [("value", hint, field(default="???"))])
+def _holder(hint: Any) -> DictConfig | None:
+    """A configuration whose ``value`` takes what the type takes, or None: its part looks after that type."""
+    try:
+        holder: DictConfig = OmegaConf.structured(make_dataclass("Holder", [("value", hint, field(default="???"))]))
+    except OmegaConfBaseException:  # a type that OmegaConf does not know
+        return None
+    return holder
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -189,7 +190,21 @@ def opened(recipe: Recipe, schema: type, folders: Sequence[Path], lines: Sequenc
         ConfigStore.instance().store("schema", schema)
         with initialize_config_dir(top, job_name="dora-train", version_base="1.3"):
             all_lines = [*lines, f"recipe={quote(recipe.stem)}", f"hydra.searchpath=[{search}]"]
+            _read_once(GlobalHydra.instance().config_loader())
             yield Composition(Path(top), recipe, folders, all_lines)
+
+
+def _read_once(loader: Any) -> None:
+    """Let the list of layers and the composition share the files as read; Hydra by itself would read them twice."""
+    read_all = loader._parse_overrides_and_create_caching_repo
+    known: list[Any] = []
+
+    def once(*arguments: Any) -> Any:
+        if not known:
+            known.append(read_all(*arguments))
+        return known[0]
+
+    loader._parse_overrides_and_create_caching_repo = once
 
 
 def _stage(top: Path, recipe: Recipe, folders: Sequence[Path]) -> None:
