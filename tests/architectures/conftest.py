@@ -3,9 +3,8 @@
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -88,33 +87,15 @@ def place(one_place: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="session")
-def composed() -> Callable[..., Any]:
-    """``compose``, which gives for the same words what it gave before; half of such a short run's time is its."""
-    from dora_cli.config.compose import compose
-
-    known: dict[tuple[str, ...], Any] = {}
-
-    def again(words: Sequence[str], *rest: Any) -> Any:
-        key = tuple(words)
-        if key not in known:
-            known[key] = compose(words, *rest)
-        return deepcopy(known[key])
-
-    return again
-
-
 @pytest.fixture
-def tune(texts: Path, place: Path, composed: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+def tune(texts: Path, place: Path, remember_compositions: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """Run the real command in this process: ``tune(auto_class, *words, out=NAME)``, on the base in ``place``."""
-    from dora_cli.cli import eval_run, train_run  # noqa: F401 - the first keeps the real compose
+    from dora_cli.cli import train_run
     from dora_cli.cli.train import main
-    from dora_cli.config import compose
 
     sessions: list[Any] = []
     build = train_run.build
     monkeypatch.setattr(train_run, "build", lambda *a, **k: sessions.append(build(*a, **k)) or sessions[-1])
-    monkeypatch.setattr(compose, "compose", composed)
 
     def run(auto_class: str, *words: str, out: str = "run") -> Run:
         where = [f"recipe={TASKS[auto_class]}", f"model.name={place}/base", f"data.path={texts}", f"out={place}/{out}"]

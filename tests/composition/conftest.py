@@ -50,11 +50,10 @@ class Trained:
 
 
 @pytest.fixture
-def run(model_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[..., Trained]:
+def run(model_dir: Path, data_dir: Path, tmp_path: Path, composed: Callable[..., Any]) -> Callable[..., Trained]:
     """Compose, build and train ten steps on the tiny model; the export is that of the last step."""
     from dora_cli.cli.parts import load_parts
     from dora_cli.cli.train_run import _begin, _Run
-    from dora_cli.config.compose import compose
     from dora_cli.training.setup import build
 
     def train(*overrides: str) -> Trained:
@@ -75,8 +74,8 @@ def run(model_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[..., Traine
             "save.which": "last",
             "out": str(out),
         } | dict(word.split("=", 1) for word in overrides)
-        composed = compose([f"{key}={value}" for key, value in words.items()], load_parts())
-        session = build(composed, _begin(composed))
+        run = composed([f"{key}={value}" for key, value in words.items()], load_parts())
+        session = build(run, _begin(run))
         assert _Run(session, out).go() == 0
         return Trained(out, session, logits(session.model))
 

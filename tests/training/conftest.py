@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.fixture
-def dora_train(model_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[..., int]:
+def dora_train(model_dir: Path, data_dir: Path, tmp_path: Path, remember_compositions: None) -> Callable[..., int]:
     """Run the real command in this process on the tiny model and data; returns its exit code."""
     from dora_cli.cli.train import main
 
