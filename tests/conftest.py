@@ -3,9 +3,11 @@ and one thread, since tiny tensors gain from no more.
 """
 
 import importlib.util
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,39 @@ from dora_cli.adapters.part import LowRankPart
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 Stack = tuple[nn.Module, dict[str, AdapterLayer]]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``covering(n)`` the cases in which every n values meet stay fast, the others get slow.
+
+    ``covering(1)`` keeps every value of every parameter (params of fixtures too) at least once, ``covering(2)`` every
+    pair of values. Chosen greedily: the case that adds most, of those the one whose values and pairs are rarest so far.
+    """
+
+    def small(held: list[tuple[str, str]]) -> list[Any]:
+        return [*held, *combinations(held, 2)]
+
+    tests: dict[Any, list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("covering"):
+            tests[item.function].append(item)
+    for cases in tests.values():
+        mark = cases[0].get_closest_marker("covering")
+        assert mark is not None
+        n = mark.args[0]
+        values = {case: [(k, repr(v)) for k, v in sorted(case.callspec.params.items())] for case in cases}
+        missing = {together for held in values.values() for together in combinations(held, n)}
+        used: Counter[Any] = Counter()
+        while missing:
+            adds = {case: len(missing.intersection(combinations(values[case], n))) for case in cases}
+            known = {case: sum(used[value] for value in small(values[case])) for case in cases}
+            chosen = max(cases, key=lambda case: (adds[case], -known[case]))
+            missing.difference_update(combinations(values[chosen], n))
+            used.update(small(values[chosen]))
+            cases.remove(chosen)
+        for case in cases:
+            case.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

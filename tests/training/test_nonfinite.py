@@ -80,6 +80,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     return at
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("method", ["dora", "adalora", "increlora", "dlora", "sora", "lora"])
 def test_such_steps_are_skipped_and_leave_nothing_behind(
@@ -108,6 +109,7 @@ def test_such_steps_are_skipped_and_leave_nothing_behind(
         assert sum(summary["ranks"].values()) == 24
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("words", AS_IF, ids=lambda words: words[0])
 def test_a_skipped_step_is_as_if_it_had_not_been(
     words: list[str], decided: None, dora_train: Train, broken: Any, tmp_path: Path
