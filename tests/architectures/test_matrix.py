@@ -42,7 +42,8 @@ MATRIX: dict[str, tuple[str, str, int]] = {
     "olmoe": (LANGUAGE, LANGUAGE, 8),
 }
 # Near relations of others.
-SLOW = ("t5_gated", "deberta_v1", "gemma2", "gemma3", "phi3", "qwen2_moe", "qwen3_moe", "olmoe")
+SLOW = ("roberta", "electra", "deberta_v1", "t5_gated", "opt", "mistral", "qwen2", "gemma2", "gemma3", "phi3")
+SLOW += ("qwen2_moe", "qwen3_moe", "olmoe")
 RANK = 4
 
 
