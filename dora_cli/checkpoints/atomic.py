@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dora_cli.errors import UserError
+
+if TYPE_CHECKING:  # a lock, a text file and whether a process lives need no torch
+    from torch import Tensor
 
 
 def _where() -> str:
@@ -53,12 +54,14 @@ def atomic_write_text(path: str | os.PathLike[str], data: str) -> None:
 
 
 def save_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str], tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file, replacing what is there in one step.
 
     Views, transposed tensors and tensors that share memory are written as what they show: each gets its own bytes.
     """
+    from safetensors.torch import save_file
+
     seen: set[int] = set()
     own: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

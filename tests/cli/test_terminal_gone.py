@@ -13,16 +13,21 @@ from pathlib import Path
 
 import pytest
 
+from dora_cli.cli.train import main
+
 Start = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture
-def start(model_dir: Path, data_dir: Path, tmp_path: Path) -> Start:
-    """A training process of 60 steps that logs every one."""
+def words(model_dir: Path, data_dir: Path, tmp_path: Path) -> list[str]:
+    """A run of 60 steps that logs every one."""
     words = ["recipe=text_classification", f"data.path={data_dir}", f"model.name={model_dir}", f"out={tmp_path}/run"]
     words += ["data.max_length=16", "train.batch_size=8", "train.log_every=1", "train.eval_every=60", "method=lora"]
-    words += ["budget=r1", "train.max_steps=60", "resume=true"]
+    return [*words, "budget=r1", "train.max_steps=60", "resume=true"]
 
+
+@pytest.fixture
+def start(words: list[str]) -> Start:
     def begin(**options: object) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "dora_cli.cli.train", *words]
@@ -56,9 +61,9 @@ def test_a_run_goes_on_when_the_reader_of_its_pipe_ends(word: bytes, start: Star
 
 
 @pytest.mark.parametrize("nohup", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_terminal_closes(nohup: bool, start: Start, tmp_path: Path) -> None:
+def test_a_terminal_closes(nohup: bool, start: Start, words: list[str], tmp_path: Path) -> None:
     """Its SIGHUP saves and stops; where that is ignored, the run goes on though nothing can be written any more."""
-    main, side = pty.openpty()
+    ours, side = pty.openpty()
 
     def own_the_terminal() -> None:
         fcntl.ioctl(side, termios.TIOCSCTTY, 0)
@@ -66,11 +71,11 @@ def test_a_terminal_closes(nohup: bool, start: Start, tmp_path: Path) -> None:
 
     process = start(stdin=side, stdout=side, start_new_session=True, preexec_fn=own_the_terminal)
     os.close(side)
-    read_until(lambda: os.read(main, 4096), b"step 3/60")
-    os.close(main)
+    read_until(lambda: os.read(ours, 4096), b"step 3/60")
+    os.close(ours)
     assert process.wait(timeout=120) == (0 if nohup else 128 + signal.SIGHUP)
     if not nohup:
         assert not (tmp_path / "run/summary.json").exists()
         assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
-        assert start(stdout=subprocess.DEVNULL).wait(timeout=120) == 0
+        assert main(words) == 0
     assert complete(tmp_path / "run")

@@ -20,22 +20,22 @@ def campaign(script: str, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
 def test_killed_runs_end_where_they_would_have_ended(tmp_path: Path) -> None:
     done = campaign(
-        "kill.py", "--kills", "5", "--methods", "dora", "--folder", str(tmp_path), "--json", str(tmp_path / "out.json")
+        "kill.py", "--kills", "3", "--methods", "dora", "--folder", str(tmp_path), "--json", str(tmp_path / "out.json")
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["results"]["dora"]
-    assert sum(found["kills"].values()) == 5
+    assert sum(found["kills"].values()) == 3
     assert found["ended"] >= 1
     assert found["wrong"] == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
 def test_killed_merges_and_evaluations_leave_what_was_there_or_all_of_the_new(tmp_path: Path) -> None:
-    words = ["--kills", "4", "--commands", "merge split", "eval run", "--folder", str(tmp_path)]
+    words = ["--kills", "2", "--commands", "merge split", "eval run", "--folder", str(tmp_path)]
     done = campaign("kill_merge.py", *words, "--json", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert [sum(tally["kills"].values()) for tally in found.values()] == [2, 2]
+    assert [sum(tally["kills"].values()) for tally in found.values()] == [1, 1]
     assert all(tally["ended"] and not tally["wrong"] for tally in found.values())
 
 

@@ -1,6 +1,7 @@
 """AFLoRA through the real command: a resume that needs its scores, the count of what trains, both freezing rules."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ def test_resuming_in_the_middle_gives_the_same_bits_and_needs_the_scores(
     """Step 10 lies in the middle of the freezing, and of a window of the gradient average."""
     words = [*WORDS, f"allocator.rule={rule}"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
+    unplugged(10, *words, f"out={tmp_path}/kept")
+    shutil.copytree(tmp_path / "kept", tmp_path / "lost")
     for name in ("kept", "lost"):
-        unplugged(10, *words, f"out={tmp_path}/{name}")
         with monkeypatch.context() as patch:
             if name == "lost":
                 patch.setattr(FreezingScore, "load_state_dict", lambda self, state: None)

@@ -27,7 +27,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_ends_on_budget_with_a_component_everywhere(dora_train: Train, tmp_path: Path) -> None:
-    assert dora_train(*QUICK, "budget=r1.5", "adapter.rank=4") == 0
+    assert dora_train(*QUICK, "budget=r1.5", "adapter.rank=4", "train.max_steps=40") == 0
     run = tmp_path / "run"
     summary, events = summary_of(run), json.loads((run / "ranks.json").read_text())
     assert summary["budget"]["components_start"] == 12 * 4
@@ -79,7 +79,7 @@ def test_the_adapter_reads_the_same_everywhere(dora_train: Train, tmp_path: Path
     from dora_cli.checkpoints.apply import apply_adapter
     from dora_cli.checkpoints.peft_io import read_adapter
 
-    assert dora_train(*QUICK, "budget=r1.5", "adapter.rank=4", "save.which=last") == 0
+    assert dora_train(*QUICK, "budget=r1.5", "adapter.rank=4", "save.which=last", "train.max_steps=30") == 0
     run = tmp_path / "run"
     expected = summary_of(run)["metrics"]["validation"]
     assert dora_merge([f"checkpoint={run}", f"out={tmp_path}/merged"]) == 0

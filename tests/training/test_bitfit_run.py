@@ -24,7 +24,7 @@ def test_biases_and_head_move_all_else_stays_and_merging_is_exact(
     from dora_cli.cli.eval import main as dora_eval
     from dora_cli.cli.merge import main as dora_merge
 
-    assert dora_train("method=bitfit", "train.epochs=8") == 0
+    assert dora_train("method=bitfit", "train.epochs=4") == 0
     run, merged = tmp_path / "run", tmp_path / "merged"
     summary = read(run / "summary.json")
     assert summary["budget"]["requested"] is None

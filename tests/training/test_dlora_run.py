@@ -67,7 +67,7 @@ def test_the_number_in_training_is_the_schedules_and_the_run_learns(
 def test_resuming_in_the_middle_gives_the_same_bits(
     options: list[str], step: int, dora_train: Train, tmp_path: Path, unplugged: Callable[..., None]
 ) -> None:
-    words = [*WORDS, *options, "train.save_every=3"]
+    words = [*WORDS, *options, "train.save_every=3", "train.max_steps=30"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
     unplugged(step, *words, f"out={tmp_path}/cut")
     assert not (tmp_path / "cut/summary.json").exists()

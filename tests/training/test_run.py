@@ -50,7 +50,7 @@ def test_shrinking_methods_count_by_the_schedule_and_end_on_budget(
 
 
 def test_a_static_method_spreads_the_same_budget(dora_train: Train, tmp_path: Path) -> None:
-    assert dora_train("method=lora", "budget=r2.5") == 0
+    assert dora_train("method=lora", "budget=r2.5", "train.max_steps=2") == 0
     ranks = list(summary_of(tmp_path / "run")["ranks"].values())
     assert ranks == [3] * 6 + [2] * 6
 
@@ -59,7 +59,7 @@ def test_a_static_method_spreads_the_same_budget(dora_train: Train, tmp_path: Pa
 def test_the_other_methods_learn_too(method: str, dora_train: Train, tmp_path: Path) -> None:
     options = ["train.learning_rate=3e-3"] if method == "full" else []
     budget = [] if method in ("full", "head") else ["budget=r2"]
-    assert dora_train(f"method={method}", *budget, "train.epochs=8", *options) == 0
+    assert dora_train(f"method={method}", *budget, "train.epochs=4", *options) == 0
     run = tmp_path / "run"
     summary = summary_of(run)
     first = next(r["loss"] for r in metrics_of(run) if r["split"] == "train")
@@ -81,7 +81,7 @@ def test_eval_of_run_adapter_and_merged_gives_the_runs_numbers(method: str, dora
     from dora_cli.cli.merge import main as dora_merge
 
     budget = [] if method in ("full", "head") else ["budget=r1", "adapter.rank=4"]
-    assert dora_train(f"method={method}", *budget, "train.epochs=3") == 0
+    assert dora_train(f"method={method}", *budget, "train.epochs=1") == 0
     run, merged = tmp_path / "run", tmp_path / "merged"
     expected = summary_of(run)["metrics"]["validation"]
     assert dora_merge([f"checkpoint={run}", f"out={merged}"]) == 0
