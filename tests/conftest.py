@@ -3,6 +3,7 @@ and one thread, since tiny tensors gain from no more.
 """
 
 import importlib.util
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -60,9 +61,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a run keeps for the next one (tokens) stays out of the user's home."""
+    """What a run keeps for the next one (tokens) stays out of the user's home, and nobody waits for the disk.
+
+    A run asks some hundred times that what it wrote has reached the disk; no test could tell, short of a power cut.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
