@@ -72,6 +72,7 @@ def test_a_budget_in_parameters_is_not_exceeded(
     assert weights == [[32, 32, 32, 32, 48, 48] * 2, [1] * 12]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("alpha", ["null", "4"])
 @pytest.mark.parametrize("adapter", ["lora", "components", "svd", "weight_decomposed", "aflora"])
 def test_every_low_rank_adapter_starts_as_the_base_and_keeps_alpha_over_the_rank_asked_for(
@@ -134,7 +135,7 @@ def test_padding_and_tokens_without_a_label_are_no_data() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["method=eva", "budget=r2"],
+        pytest.param(["method=eva", "budget=r2"], marks=pytest.mark.slow),
         ["method=eva", "budget=r0.5", "adapter.init_whiten=true"],  # some modules get no adapter at all
         ["method=dora", "budget=r1", "adapter.rank=3", "adapter.init=eva", "schedule.start=2", "schedule.end=9"],
         ["method=aflora", "budget=r2", "adapter.init=eva"],

@@ -181,6 +181,7 @@ def config(method: str, dropout: float) -> Any:
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("method", ["lora", "rslora", "weight_decomposed", "adalora_official"])
 def test_twenty_steps_are_pefts(method: str, dropout: float) -> None:

@@ -111,6 +111,7 @@ def test_eval_of_run_adapter_and_merged_gives_the_runs_numbers(dora_train: Train
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("step", [7, 14])
 @pytest.mark.parametrize(
     "words",
@@ -152,7 +153,7 @@ def test_a_run_starts_from_a_plain_pair_and_from_its_own_kind(
                     parameter.add_(torch.rand_like(parameter) * 0.3)
         model.save_pretrained(folder)
     else:
-        assert dora_train(f"method={source}", "budget=r2") == 0
+        assert dora_train(f"method={source}", "budget=r2", "train.max_steps=20") == 0
     adapter = read_adapter(folder)
     expected, model = bare(model_dir), bare(model_dir)
     apply_adapter(expected, adapter)
