@@ -38,6 +38,19 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     raise UserError(f"cannot adapt a module of type {type(module).__name__}: only linear layers and Conv1D")
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether ``weight`` is not the weights themselves but what they are packed into; ``dense_weight()`` unpacks it."""
+    return hasattr(module, "dense_weight")
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weights of a linear layer, (d_out, d_in), float32 at least, without graph; of a packed one a new tensor."""
+    if is_packed(module):
+        return module.dense_weight()  # type: ignore[operator]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    return (weight.T if is_transposed(module) else weight).to(torch.promote_types(weight.dtype, torch.float32))
+
+
 class AdapterLayer(nn.Module):
     """One adapted module: the frozen base layer plus a trainable update.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -12,6 +13,8 @@ from dora_cli.errors import UserError
 @dataclass
 class Bitfit(Frozen):
     """Every bias of the base trains, those of the layer norms included; saved and merged as whole parameters."""
+
+    no_packed_base: ClassVar[str] = "it trains biases, which packed layers round to the type that they multiply in"
 
     def unfreeze(self, model: nn.Module, heads: Sequence[str] = ()) -> None:
         within = tuple(f"{head}." for head in heads)

@@ -136,6 +136,7 @@ class Gated(LowRankPart):
     verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop"})
     provides: ClassVar[frozenset[str]] = frozenset({"rows", "gates", "gate_probability"})
     min_rank: ClassVar[int] = 1
+    no_packed_base: ClassVar[str] = "it rounds what it adds, and would learn to make up for the base's rounding"
 
     def layer(self, base: nn.Module, rank: int) -> GatedLayer:
         d_out, d_in = linear_shape(base)

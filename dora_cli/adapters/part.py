@@ -23,7 +23,8 @@ class AdapterPart:
     (modules can always be silenced, restored, frozen and thawed); ``provides`` what other parts may rest on (``rows``
     of A in the input's space, ``gates``, ``gate_probability``); ``min_rank`` how many components a module cannot do
     without; ``budgeted`` whether a budget applies; ``wraps`` whether layers are wrapped; ``export`` how it is saved:
-    as a ``lora`` pair, a ``decomposed`` one, a ``square``, or whole parameters (``full``).
+    as a ``lora`` pair, a ``decomposed`` one, a ``square``, or whole parameters (``full``); ``no_packed_base`` why the
+    base's weights can't be packed (quantised), empty where they can.
     """
 
     units: ClassVar[tuple[str, ...]] = ("none",)
@@ -33,6 +34,7 @@ class AdapterPart:
     budgeted: ClassVar[bool] = True
     wraps: ClassVar[bool] = True
     export: ClassVar[str] = "lora"
+    no_packed_base: ClassVar[str] = ""
     size_word: ClassVar[str] = "rank"  # what the size of a module's update is called
 
     def unfreeze(self, model: nn.Module, heads: Sequence[str] = ()) -> None:

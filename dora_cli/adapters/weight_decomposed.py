@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dora_cli.adapters.base import linear_shape, uniform
+from dora_cli.adapters.base import dense_weight, is_packed, linear_shape, uniform
 from dora_cli.adapters.lora import Lora, LoraLayer
 
 
@@ -25,7 +25,7 @@ class WeightDecomposedLayer(LoraLayer):
 
     def __init__(self, base: nn.Module, a: Tensor, b: Tensor, scale: float, dropout: float) -> None:
         super().__init__(base, a, b, None, scale, dropout)
-        squares = self.dense_weight().square().sum(dim=1)
+        squares = dense_weight(base).square().sum(dim=1)
         self.register_buffer("squares", squares, persistent=False)  # (d_out,) ‖w_k‖², of weights that never change
         self.magnitude = nn.Parameter(squares.sqrt())
 
@@ -36,8 +36,7 @@ class WeightDecomposedLayer(LoraLayer):
         """
         inputs = self.adapter_input(x)
         if self.training and self.dropout > 0:
-            weight = self.weight.T if self.transposed else self.weight
-            plain = nn.functional.linear(inputs.to(weight.dtype), weight)
+            plain = self._product(inputs)
         else:
             plain = out if self.bias is None else out - self.bias
         ratio = _ratio(self.magnitude, self.norms())
@@ -46,23 +45,29 @@ class WeightDecomposedLayer(LoraLayer):
             change = change + ratio * self.update(inputs)
         return out + change.to(out.dtype)
 
+    def _product(self, x: Tensor) -> Tensor:
+        """W₀x."""
+        if is_packed(self.base_layer):  # which unpacks for one product at a time, and keeps nothing for backward
+            out: Tensor = self.base_layer(x)
+            return out if self.bias is None else out - self.bias
+        weight = self.weight.T if self.transposed else self.weight
+        return nn.functional.linear(x.to(weight.dtype), weight)
+
     @torch.no_grad()
     def norms(self) -> Tensor:
         """(d_out,) norms of the rows of W₀ + sBA, which is not formed: ‖w_k‖² + 2 b_k·(A w_k) + b_k·(AAᵀ b_k)."""
         with torch.autocast(self.a.device.type, enabled=False):
             a, b = self.a, self.b * self.factor()
-            weight = self.weight.to(a.dtype)
-            projected = (weight.T if self.transposed else weight) @ a.T  # (d_out, r), as much work as BA, less memory
+            if is_packed(self.base_layer):
+                weight = dense_weight(self.base_layer)
+            else:
+                weight = self.weight.T if self.transposed else self.weight
+            projected = weight.to(a.dtype) @ a.T  # (d_out, r), as much work as BA, less memory
             squares = self.squares + (b * (2 * projected + b @ (a @ a.T))).sum(dim=1)
             return squares.clamp_min(0).sqrt()
 
-    def dense_weight(self) -> Tensor:
-        """W₀, shape (d_out, d_in), float32 at least, without graph."""
-        weight = self.weight.detach()
-        return (weight.T if self.transposed else weight).to(torch.promote_types(weight.dtype, torch.float32))
-
     def delta_weight(self) -> Tensor:
-        weight = self.dense_weight()
+        weight = dense_weight(self.base_layer)
         direction = weight + super().delta_weight()
         return _ratio(self.magnitude.detach(), direction.norm(dim=1))[:, None] * direction - weight
 

@@ -22,5 +22,7 @@ class Frozen(AdapterPart):
 class Full(Frozen):
     """Full fine-tuning: no layers are wrapped, every parameter trains and is saved as it is."""
 
+    no_packed_base: ClassVar[str] = "it trains the weights themselves, and packed ones have no gradient"
+
     def unfreeze(self, model: nn.Module, heads: Sequence[str] = ()) -> None:
         model.requires_grad_(True)

@@ -61,6 +61,24 @@ def check(adapter: Any, importance: Any, schedule: Any, allocator: Any, regulari
     return kind
 
 
+def check_base(adapter: Any, quantization: str, names: dict[str, str]) -> None:
+    """Refuse an adapter that cannot rest on a base with packed weights.
+
+    Args:
+        quantization: how the base is packed, as the user said it.
+
+    Raises:
+        UserError: saying why, and which adapters can.
+    """
+    if adapter.no_packed_base:
+        able = [name for name in ADAPTERS if not load(ADAPTERS, name, key="adapter").no_packed_base]
+        raise UserError(
+            f"adapter={names['adapter']} does not go with a quantised base ({quantization})",
+            where=adapter.no_packed_base,
+            hint=f"take a base that is not quantised, or one of adapter={', '.join(able)}",
+        )
+
+
 def combinations() -> Iterator[tuple[dict[str, str], str | UserError]]:
     """Every adapter × importance × allocator with the unit it allocates, or why it is refused.
 

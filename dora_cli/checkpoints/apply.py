@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from dora_cli.adapters.base import AdapterLayer, LowRankLayer, is_transposed, linear_shape
+from dora_cli.adapters.base import AdapterLayer, LowRankLayer, is_packed, is_transposed, linear_shape
 from dora_cli.adapters.lora import LoraLayer
 from dora_cli.adapters.mora import RotationLayer
 from dora_cli.adapters.token_rows import TokenRows
@@ -44,9 +44,9 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile) -> None:
                 where=f"{adapter.folder} has an update of {update.shape[0]}×{update.shape[1]} for it",
                 hint="give the base that the adapter was trained on, with base=",
             )
-        if isinstance(update, WeightDecomposed):
+        if isinstance(update, WeightDecomposed) and not is_packed(base):
             _set_decomposed(base, update)
-        elif update.rank:
+        elif update.rank or isinstance(update, WeightDecomposed):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _layer(base, update))
     model.eval()
@@ -99,6 +99,10 @@ def _start_rows(model: nn.Module, name: str, tokens: TokenUpdate, adapter: Adapt
 def _layer(base: nn.Module, update: LowRank | Square) -> AdapterLayer:
     if isinstance(update, Square):
         return RotationLayer(base, update.m, 0.0)
+    if isinstance(update, WeightDecomposed):
+        layer = WeightDecomposedLayer(base, update.a, update.b, 1.0, 0.0)
+        layer.load_magnitude(update.magnitude)
+        return layer
     return LoraLayer(base, update.a, update.b, None, 1.0, 0.0)
 
 

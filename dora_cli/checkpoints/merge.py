@@ -24,6 +24,7 @@ from dora_cli.checkpoints.base_folder import CONFIG, INDEX, SINGLE, copy_small_f
 from dora_cli.checkpoints.manifest import verify_if_listed, write_manifest
 from dora_cli.checkpoints.merge_plan import plan_merge
 from dora_cli.checkpoints.merged_config import merged_config, require_family
+from dora_cli.checkpoints.packed_base import ORIGINAL, packed_base
 from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.safetensors_io import DTYPES, write_header
 from dora_cli.checkpoints.weights import Piece, write_piece
@@ -33,6 +34,7 @@ from dora_cli.registry import did_you_mean
 OUTPUT_DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+MADE_OF = "merge.json"  # beside a model that was trained on other weights than the base stores, or may have been
 WORKERS = 4  # one thread each; more than this only waits for memory
 
 
@@ -47,6 +49,8 @@ class MergeReport:
         tokens: how many tokens got embeddings of their own.
         left_out: tensors of the base that the merged model's class does not have.
         bytes: of all written tensors.
+        quantization: how the base was packed in training; null where it was not.
+        base_weights: which were added to, ``original`` or ``dequantised``.
     """
 
     out: Path
@@ -59,6 +63,8 @@ class MergeReport:
     bytes: int
     shards: int
     seconds: float
+    quantization: str | None = None
+    base_weights: str = ORIGINAL
 
 
 def merge(
@@ -69,6 +75,7 @@ def merge(
     dtype: str = "auto",
     shard_size: str | int = "5GB",
     replace: bool = False,
+    base_weights: str = ORIGINAL,
 ) -> MergeReport:
     """Write the model that an adapter makes of its base as a transformers folder.
 
@@ -80,6 +87,8 @@ def merge(
         base: name or folder of the base; null takes the one the adapter names.
         dtype: type of all floating-point weights; ``auto`` keeps each tensor's.
         shard_size: largest size of one file, such as ``5GB`` (10⁹) or ``512MiB``.
+        base_weights: of a run on a quantised base, what is added to: the ``original`` weights as they are stored, or
+            the ``dequantised`` ones that the run was trained with.
         replace: whether a folder that holds something gives way to the new one, in one step.
 
     Raises:
@@ -94,6 +103,7 @@ def merge(
     if out.exists() and not (out.is_dir() and (replace or not any(out.iterdir()))):
         raise UserError(f"out={out} exists and is not empty", hint="name a new folder, or empty this one first")
     adapter = read_adapter(Path(checkpoint))
+    packed = packed_base(adapter, base_weights)
     name = base or adapter.base_name
     if not name:
         raise UserError(f"{adapter.folder} does not say which model it was trained on", hint="set base=")
@@ -102,7 +112,7 @@ def merge(
     model = open_base(base_folder)
     require_family(adapter, model)
 
-    pieces, left_out = plan_merge(adapter, model, OUTPUT_DTYPES[dtype])
+    pieces, left_out = plan_merge(adapter, model, OUTPUT_DTYPES[dtype], packed)
     head_shapes = {name: entry.shape for name, entry in adapter.head.parts.items()}
     config = merged_config(adapter, model, OUTPUT_DTYPES[dtype] or model.dtype, head_shapes)
     if adapter.tokens:
@@ -115,6 +125,9 @@ def merge(
         atomic_write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         copy_small_files(model.folder, folder)
         copy_small_files(adapter.folder, folder)  # a tokenizer that was saved with the adapter is the newer one
+        if adapter.quantization:
+            made_of = {"quantization": adapter.quantization, "base_weights": base_weights, "base": str(model.folder)}
+            atomic_write_text(folder / MADE_OF, json.dumps(made_of, indent=2) + "\n")
         write_manifest(folder)
     return MergeReport(
         out=out,
@@ -127,6 +140,8 @@ def merge(
         bytes=total,
         shards=len(shards),
         seconds=time.perf_counter() - begin,
+        quantization=adapter.quantization,
+        base_weights=base_weights,
     )
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from dora_cli.checkpoints.base_folder import Base
 from dora_cli.checkpoints.merged_config import architecture, base_architecture, has_task_head
 from dora_cli.checkpoints.names import model_names
+from dora_cli.checkpoints.packed_base import PackedBase
 from dora_cli.checkpoints.peft_io import AdapterFile, SquareUpdate, Update
 from dora_cli.checkpoints.safetensors_io import FLOATS, Entry, same_bytes
 from dora_cli.checkpoints.token_rows import TokenUpdate
@@ -14,11 +15,14 @@ from dora_cli.checkpoints.weights import Piece
 from dora_cli.errors import UserError
 
 
-def plan_merge(adapter: AdapterFile, base: Base, dtype: str | None) -> tuple[list[Piece], list[str]]:
+def plan_merge(
+    adapter: AdapterFile, base: Base, dtype: str | None, packed: PackedBase | None = None
+) -> tuple[list[Piece], list[str]]:
     """Every tensor of the merged model, in the base's order and new ones last; and the base's tensors left out.
 
     Args:
         dtype: the file's name of the type that floating-point tensors get (``BF16``); null keeps each one's.
+        packed: how the base's weights are packed and unpacked before anything is added; null: not at all.
 
     Raises:
         UserError: something of the adapter matches nothing in the base, or has another shape there.
@@ -28,7 +32,8 @@ def plan_merge(adapter: AdapterFile, base: Base, dtype: str | None) -> tuple[lis
     noted = adapter.method.get("base_model_prefix")
     prefix = noted if isinstance(noted, str) and noted else None
     tokens = _token_rows(adapter, base)
-    names = model_names(base.entries, [*updates, *adapter.replaced, *tokens], prefix, str(base.folder))
+    repacked = {f"{name}.weight": packed.trained_with(name) for name in packed.modules} if packed else {}
+    names = model_names(base.entries, [*updates, *adapter.replaced, *tokens, *repacked], prefix, str(base.folder))
     sources = {name: base.entries[key] for key, name in names.items()}
     _require_fit(adapter, base, sources)
     left_out = _pretraining_head(adapter, base, sources, prefix) - whole.keys()
@@ -40,9 +45,11 @@ def plan_merge(adapter: AdapterFile, base: Base, dtype: str | None) -> tuple[lis
     for name, entry in sources.items():
         if name in whole:
             pieces.append(Piece(name, whole[name], _written(whole[name], dtype), checked=True))
-        elif name in updates and updates[name].rank:
-            update = partial(adapter.modules.read, replace(updates[name], transposed=transposed[name]))
-            pieces.append(Piece(name, entry, _written(entry, dtype), update))
+        elif (name in updates and updates[name].rank) or name in repacked:
+            update = None
+            if name in updates and updates[name].rank:
+                update = partial(adapter.modules.read, replace(updates[name], transposed=transposed[name]))
+            pieces.append(Piece(name, entry, _written(entry, dtype), update, repacked=repacked.get(name)))
         elif name not in left_out:
             pieces.append(Piece(name, entry, _written(entry, dtype), tokens=tokens.get(name)))
     new = {name: entry for name, entry in whole.items() if name not in sources}

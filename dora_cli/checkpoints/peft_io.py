@@ -118,6 +118,12 @@ class AdapterFile:
     method: dict[str, Any]
     tokens: dict[str, TokenUpdate]
 
+    @property
+    def quantization(self) -> str | None:
+        """How the base was packed that it was trained on, as our own runs note it."""
+        found = self.method.get("quantization")
+        return take(found, "kind", str, self.folder / METHOD) if isinstance(found, dict) else None
+
 
 def read_adapter(path: Path) -> AdapterFile:
     """Read an adapter folder, or the adapter of a run folder.

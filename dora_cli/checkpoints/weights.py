@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from dora_cli.checkpoints.token_rows import TokenUpdate
 BLOCK = 1 << 18  # numbers per block: read, widened and written, it stays in a core's cache
 
 Change = Callable[[Tensor, slice], Tensor]
+Blocks = Callable[[Callable[[Tensor, slice], object]], None]  # calls it for every block of rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Piece:
         dtype: the type to write.
         update: reads the update to add; null where there is none.
         checked: whether the numbers are looked at for NaN and infinity on the way.
+        repacked: makes of the whole stored tensor the one that is added to, float32; null where it is the stored one.
         tokens: rows that take the place of the source's, or follow on them.
     """
 
@@ -46,6 +49,7 @@ class Piece:
     dtype: str
     update: Callable[[], LowRank | Square] | None = None
     checked: bool = False
+    repacked: Callable[[Tensor], Tensor] | None = None
     tokens: TokenUpdate | None = None
 
     @property
@@ -63,10 +67,10 @@ class Piece:
 def write_piece(piece: Piece, out: Path, start: int) -> None:
     """Write the bytes of one tensor into ``out`` from byte ``start`` on."""
     with descriptor(out, os.O_WRONLY) as target:
-        if piece.update:
-            _stream(piece, _merging(piece.source, piece.update()), target, start)
-        elif piece.checked or piece.dtype != piece.source.dtype:
-            _stream(piece, lambda block, rows: block, target, start)
+        if piece.update or piece.repacked or piece.checked or piece.dtype != piece.source.dtype:
+            blocks = _blocks(piece)
+            change = _merging(piece.source, blocks, piece.update()) if piece.update else lambda block, rows: block
+            _stream(piece, blocks, change, target, start)
         else:
             copy_bytes(piece.source, target, start)
         if piece.tokens:
@@ -80,7 +84,21 @@ def _write_rows(tokens: TokenUpdate, dtype: torch.dtype, target: int, start: int
         write_from(target, start + number * written.nbytes, memoryview(written))
 
 
-def _stream(piece: Piece, change: Change, target: int, start: int) -> None:
+def _blocks(piece: Piece) -> Blocks:
+    """How to go over what is added to: a block of the file at a time, or of the whole that was made of it."""
+    if piece.repacked is None:
+        return partial(_for_blocks, piece.source)
+    whole, step = piece.repacked(read_tensor(piece.source)), _block_rows(piece.source)
+
+    def visit_all(visit: Callable[[Tensor, slice], object]) -> None:
+        for first in range(0, len(whole), step):
+            rows = slice(first, min(first + step, len(whole)))
+            visit(whole[rows].clone(), rows)  # which may be written into
+
+    return visit_all
+
+
+def _stream(piece: Piece, blocks: Blocks, change: Change, target: int, start: int) -> None:
     dtype = DTYPES[piece.dtype]
     written = bytearray(_block_rows(piece.source) * _row_length(piece.source) * dtype.itemsize)
     place = torch.frombuffer(written, dtype=dtype) if written else torch.empty(0, dtype=dtype)
@@ -93,10 +111,10 @@ def _stream(piece: Piece, change: Change, target: int, start: int) -> None:
         begin = start + rows.start * _row_length(piece.source) * dtype.itemsize
         write_from(target, begin, memoryview(written)[: changed.numel() * dtype.itemsize])
 
-    _for_blocks(piece.source, write)
+    blocks(write)
 
 
-def _merging(source: Entry, update: LowRank | Square) -> Change:
+def _merging(source: Entry, blocks: Blocks, update: LowRank | Square) -> Change:
     """How a block of rows of the stored weight becomes the merged one.
 
     The stored weight is W, shape ``(d_out, d_in)``, or its transpose; the added rows are those of B A, or of Aᵀ Bᵀ.
@@ -124,7 +142,7 @@ def _merging(source: Entry, update: LowRank | Square) -> Change:
     if not update.transposed:
         return rescaled_rows
     squares = torch.zeros(source.shape[1], dtype=torch.float64)
-    _for_blocks(source, lambda block, rows: squares.add_(added(block, rows).double().square_().sum(0)))
+    blocks(lambda block, rows: squares.add_(added(block, rows).double().square_().sum(0)))
     ratio = _ratio(magnitude, squares.sqrt())
     return lambda block, rows: added(block, rows).mul_(ratio)
 

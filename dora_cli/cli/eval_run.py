@@ -24,6 +24,7 @@ from dora_cli.data.tasks import build_task
 from dora_cli.errors import UserError
 from dora_cli.evaluation.predict import evaluate
 from dora_cli.models.load import load_model
+from dora_cli.models.quantised import KINDS
 from dora_cli.reporting.events import jsonable
 from dora_cli.reporting.terminal import counting
 from dora_cli.training.setup import autocast_dtype, lower, pick_device
@@ -50,6 +51,7 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
     adapter = _adapter(folder)
     harness = read_choice(own) if "harness" in own else None
     config = compose(_recipe(own, folder, overrides), load_parts(), config_dirs).config
+    quantization = _quantization(adapter, config, overrides)
     if harness is not None:
         task = build_task(config.data)
         if task.auto_class != "AutoModelForCausalLM":
@@ -57,7 +59,7 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
         at_any_length = replace(config, data=replace(config.data, max_length=1))
         return evaluate_through_harness(
             harness,
-            lambda: _load(own, folder, adapter, at_any_length, task),
+            lambda: _load(own, folder, adapter, at_any_length, task, quantization),
             config,
             own["checkpoint"],
             _out(own, folder),
@@ -85,7 +87,7 @@ def evaluate_checkpoint(own: Mapping[str, str], overrides: Sequence[str], config
         raise UserError("split=train was streamed, not read as a whole", hint="give data.path=FILE to evaluate a file")
     task = build_task(data)
     task.fit(rows)
-    model, tokenizer = _load(own, folder, adapter, config, task)
+    model, tokenizer = _load(own, folder, adapter, config, task, quantization)
     device = pick_device(config.train.device)
     encoded = task.encode(rows.splits[split], tokenizer)
     with counting(f"{split}, rows", len(encoded)) as advance:
@@ -134,6 +136,14 @@ def _recipe(own: Mapping[str, str], folder: Path, overrides: Sequence[str]) -> l
     )
 
 
+def _quantization(adapter: AdapterFile | None, config: Config, overrides: Sequence[str]) -> str | None:
+    """How the base is packed: as asked for here, else as the adapter was trained; a merged model is not."""
+    if any(word.startswith("model.quantization=") for word in overrides):
+        return config.model.quantization
+    kind = adapter.quantization if adapter is not None else None
+    return kind if kind in KINDS else None
+
+
 def _labels(adapter: AdapterFile | None, folder: Path) -> list[str] | None:
     """The labels in the order of the trained head, so that a number means the same as in training."""
     if adapter is not None:
@@ -157,7 +167,12 @@ def _names_data(overrides: Sequence[str]) -> bool:
 
 
 def _load(
-    own: Mapping[str, str], folder: Path, adapter: AdapterFile | None, config: Config, task: Any
+    own: Mapping[str, str],
+    folder: Path,
+    adapter: AdapterFile | None,
+    config: Config,
+    task: Any,
+    quantization: str | None,
 ) -> tuple[Any, Any]:
     words: list[str] = []  # a model has its tokens in its folder
     if adapter is None:
@@ -168,13 +183,15 @@ def _load(
     if Path(name).is_dir():
         verify_if_listed(name)
     dtype = autocast_dtype(config.train.precision)
+    revision = None if "base" in own else revision
     loaded = load_model(
-        replace(config.model, name=name, revision=None if "base" in own else revision, add_tokens=words),
+        replace(config.model, name=name, revision=revision, add_tokens=words, quantization=quantization),
         auto_class=task.auto_class,
         offline=config.offline,
         max_length=config.data.max_length,
         max_target_length=config.data.max_target_length,
         as_stored=dtype is not None,
+        device=pick_device(config.train.device),
         **task.model_kwargs(),
     )
     if dtype is not None:  # as in training: what was trained in full is in float32, all else in the type of the pass

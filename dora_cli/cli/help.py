@@ -83,6 +83,7 @@ def merge_help() -> str:
                     "checkpoint": "run folder, or adapter folder",
                     "out": "folder for the merged model; must not hold one",
                     "base": "base model by hub name or folder; null: the one the adapter names",
+                    "base_weights": "of a run on a quantised base: original, or dequantised as in training [original]",
                     "dtype": "auto, float32, bfloat16 or float16; auto keeps the base's [auto]",
                     "shard_size": "largest file [5GB]",
                 },

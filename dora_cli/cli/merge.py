@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dora_cli.checkpoints.merge import MergeReport
 
 REQUIRED = ("checkpoint", "out")
-KEYS = (*REQUIRED, "base", "dtype", "shard_size")
+KEYS = (*REQUIRED, "base", "base_weights", "dtype", "shard_size")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +62,11 @@ def describe(report: "MergeReport") -> str:
         f"merged {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s, {_count(report.shards, 'file')}",
         f"  base     {report.base}",
     ]
+    if report.quantization and report.base_weights == "original":
+        lines.append(f"  onto     the original weights; the run was trained on {report.quantization} ones, to which")
+        lines.append("           base_weights=dequantised adds")
+    elif report.quantization:
+        lines.append(f"  onto     the {report.quantization} weights that the run was trained on, dequantised")
     if adapted:
         if report.kind == "MORA":
             word, content = "side", _count(sum(side * side for side in adapted), "parameter")

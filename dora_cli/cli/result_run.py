@@ -1,11 +1,12 @@
 """What a run leaves: its weights as they are, in the layout that serves them (DESIGN 5)."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dora_cli.adapters.base import AdapterLayer, is_transposed, linear_shape
+from dora_cli.adapters.base import AdapterLayer, linear_shape
 from dora_cli.adapters.mora import MoraLayer
 from dora_cli.adapters.weight_decomposed import WeightDecomposedLayer
 from dora_cli.checkpoints.adapter_format import (
@@ -18,6 +19,7 @@ from dora_cli.checkpoints.adapter_format import (
     write_full,
     write_square,
 )
+from dora_cli.models.quantised import stored_transposed
 from dora_cli.training.setup import Session
 from dora_cli.training.shard import architecture
 from dora_cli.training.summary import rank_map
@@ -37,6 +39,7 @@ def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None
         "model_config": _model_config(session.model),
         "ranks": rank_map(session),
         "added_tokens": session.config.model.add_tokens,
+        "quantization": asdict(session.quantised) if session.quantised else None,
         "modules": session.allocation.table.names,  # what ``module`` in method_state.safetensors counts
     }
     task_type = session.task.peft_task_type
@@ -87,18 +90,18 @@ def _low_rank(session: Session, name: str) -> LowRank:
         a, b = a[living], b[:, living]
     if isinstance(layer, WeightDecomposedLayer):
         magnitude = layer.magnitude.detach().cpu()
-        return WeightDecomposed(name, a.cpu(), b.cpu(), layer.transposed, magnitude=magnitude)
-    return LowRank(name, a.cpu(), b.cpu(), layer.transposed)
+        return WeightDecomposed(name, a.cpu(), b.cpu(), stored_transposed(layer.base_layer), magnitude=magnitude)
+    return LowRank(name, a.cpu(), b.cpu(), stored_transposed(layer.base_layer))
 
 
 def _square(name: str, layer: AdapterLayer) -> Square:
     assert isinstance(layer, MoraLayer)
-    return Square(name, layer.m.detach().cpu(), (layer.d_out, layer.d_in), layer.transposed)
+    return Square(name, layer.m.detach().cpu(), (layer.d_out, layer.d_in), stored_transposed(layer.base_layer))
 
 
 def _nothing(name: str, module: torch.nn.Module) -> LowRank:
     d_out, d_in = linear_shape(module)
-    return LowRank(name, torch.empty(0, d_in), torch.empty(d_out, 0), is_transposed(module))
+    return LowRank(name, torch.empty(0, d_in), torch.empty(d_out, 0), stored_transposed(module))
 
 
 def _model_config(model: Any) -> dict[str, Any]:

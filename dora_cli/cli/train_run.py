@@ -315,7 +315,10 @@ class _Run:
         if self.session.config.save.merged:
             files["merged at"] = self.out / run_folder.MERGED
             # A process that was killed between here and the summary has merged already.
-            merge(self.out / run_folder.ADAPTER, files["merged at"], replace=True)
+            report = merge(self.out / run_folder.ADAPTER, files["merged at"], replace=True)
+            if report.quantization:
+                print(f"merged with the original weights, not the {report.quantization} ones that were trained on:")
+                print("  dora-merge base_weights=dequantised takes those")
         summary = summarise(self.session, self.progress, rss, device)
         # Last of all: a folder with a summary is a finished run.
         atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(jsonable(summary), indent=2) + "\n")

@@ -29,6 +29,11 @@ class ModelConfig:
     name: str = key(MISSING, "hub name, local folder, or package://NAME/SUBFOLDER")
     revision: str | None = key(None, "branch, tag or commit on the hub")
     trust_remote_code: bool = key(False, "run Python code that comes with the model")
+    quantization: str | None = key(
+        None,
+        "how the frozen base is packed: bnb_nf4, bnb_int8, ao_int8; null: as it is stored",
+        choices=("bnb_nf4", "bnb_int8", "ao_int8"),
+    )
     add_tokens: list[str] = key([], 'special tokens to add, e.g. ["<|im_start|>"]; their embeddings are trained')
 
 

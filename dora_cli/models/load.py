@@ -12,6 +12,15 @@ from torch import nn
 from dora_cli.errors import UserError
 from dora_cli.models.names import PLACES, resolve_name
 from dora_cli.models.new_tokens import NewTokens, add_tokens
+from dora_cli.models.quantised import (
+    STORED,
+    Quantised,
+    loading_options,
+    quieten,
+    require_package,
+    settle,
+    stored_package,
+)
 
 # What transformers raises about weights that it can't find or read; anything else there is a fault of the code.
 FILE_ERRORS = (OSError, ValueError, ImportError, LookupError)
@@ -23,6 +32,7 @@ class ModelChoice(Protocol):
     name: str
     revision: str | None
     trust_remote_code: bool
+    quantization: str | None
     add_tokens: list[str]
 
 
@@ -38,6 +48,7 @@ class LoadedModel:
         head_modules: modules to train and save in full, in model order; they cover ``missing`` (see ``find_heads``).
         source: what the weights were read from: an absolute folder, or the hub name.
         new_tokens: what ``model.add_tokens`` came to; null without it.
+        quantised: which weights are packed, by ``model.quantization`` or in the folder; null where none is.
     """
 
     model: Any
@@ -46,6 +57,7 @@ class LoadedModel:
     head_modules: list[str]
     source: str
     new_tokens: NewTokens | None = None
+    quantised: Quantised | None = None
 
 
 def load_model(
@@ -56,6 +68,7 @@ def load_model(
     max_length: int | None = None,
     max_target_length: int | None = None,
     as_stored: bool = False,
+    device: torch.device | str = "cpu",
     **model_kwargs: Any,
 ) -> LoadedModel:
     """Load a model for a task, in float32 or as it is stored, with its tokenizer.
@@ -64,18 +77,22 @@ def load_model(
     no code that comes with the model is run unless ``config.trust_remote_code``.
 
     Args:
-        config: name, revision, trust_remote_code, add_tokens.
+        config: name, revision, trust_remote_code, quantization, add_tokens.
         auto_class: name of transformers' class for the task, e.g. ``AutoModelForSequenceClassification``.
         offline: read local folders and the hub's cache only; nothing reaches for the network.
         max_length: the longest input that will be given, in tokens; checked against the learned positions.
         max_target_length: the longest text that a decoder will be given, likewise; ``None``: no longer than that.
         as_stored: keep the type in which the weights are stored: half the memory for a base that is frozen anyway.
+        device: where a base is packed, and stays; one that is not is loaded on the CPU.
         model_kwargs: what the task adds to the model's configuration, e.g. ``num_labels``.
 
     Raises:
         UserError: the model can't be found, is damaged, has no such head, lacks more than a head, has no tokenizer, or
-            takes shorter inputs than ``max_length``.
+            takes shorter inputs than ``max_length``; it can't be packed as asked, or is packed already.
     """
+    quieten()
+    if config.quantization:
+        require_package(config.quantization)
     import transformers
 
     source = resolve_name(config.name)
@@ -91,6 +108,8 @@ def load_model(
             settings = transformers.AutoConfig.from_pretrained(source, **shared, **model_kwargs)
             _require_class(auto, auto_class, settings, config.name)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
+            kind, compute = _packing(config, settings), torch.bfloat16 if as_stored else torch.float32
+            packing = loading_options(kind, auto, settings, compute, str(device)) if kind else {}
         with _failures_named(config.name, source, offline, FILE_ERRORS):
             model, report = auto.from_pretrained(
                 source,
@@ -99,8 +118,10 @@ def load_model(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **packing,
                 **shared,
             )
+            quantised = settle(model, kind, compute, config.name) if kind else None
     absent = set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]}
     missing = [name for name, _ in model.named_parameters() if name in absent]
     _refuse_unfit(model, missing, config.name)
@@ -114,7 +135,19 @@ def load_model(
                 f"{key}={length} is more than the {window} positions of {config.name}",
                 hint=f"set {key} to {window} or less",
             )
-    return LoadedModel(model.eval(), tokenizer, missing, find_heads(model, missing), source, new)
+    return LoadedModel(model.eval(), tokenizer, missing, find_heads(model, missing), source, new, quantised)
+
+
+def _packing(config: ModelChoice, settings: Any) -> str | None:
+    """How the weights are packed: as asked, ``stored`` where they are in the folder, None where they are not."""
+    stored = stored_package(settings, config.name)
+    if stored and config.quantization:
+        raise UserError(
+            f"model.quantization={config.quantization}: the weights of {config.name} are stored quantised already",
+            where=f"by {stored}",
+            hint="leave model.quantization out: they are used as they are stored; or name the original",
+        )
+    return STORED if stored else config.quantization
 
 
 def find_heads(model: Any, missing: list[str]) -> list[str]:

@@ -79,9 +79,16 @@ def _candidates(model: nn.Module, exclude: Collection[str]) -> list[str]:
         if is_linear(module)
         and name.startswith(layers)
         and id(module.weight) not in tied
-        and 1 not in module.weight.shape  # all of it is one component: the gate of a mixture's shared expert
+        and 1 not in _shape(module)  # all of it is one component: the gate of a mixture's shared expert
         and not _excluded(name, exclude)
     ]
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """Of the weights; those of a packed layer may lie in memory otherwise."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape)
 
 
 def _matches(pattern: str, model: nn.Module, candidates: list[str], exclude: Collection[str]) -> list[str]:

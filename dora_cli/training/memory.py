@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dora_cli.models.quantised import held_tensors
 from dora_cli.modes import autocast, evaluating, same_random_numbers
 from dora_cli.training.optim import build_optimizer
 from dora_cli.training.setup import Batch, Session
@@ -92,7 +93,7 @@ def estimate(session: Session) -> MemoryEstimate:
         NoEstimate: the model does something that can't be followed without data.
     """
     on_cpu = session.device.type == "cpu"
-    weights = [*session.model.parameters(), *session.model.buffers()]
+    weights = list(held_tensors(session.model))
     resident = resident_bytes() + unread_bytes(weights) if on_cpu else 0
     peak_before = peak_rss_mib() * MIB if on_cpu else 0
     live = _Live(session.device)
@@ -203,7 +204,8 @@ def _moved(session: Session, batch: Batch) -> Batch:
 
 def _twin(model: nn.Module) -> nn.Module:
     """The same modules over the very same parameters: what modules keep on the way stays out of the real ones."""
-    return copy.deepcopy(model, memo={id(t): t for t in [*model.parameters(), *model.buffers()]})
+    shared = [*model.parameters(), *model.buffers(), *held_tensors(model)]
+    return copy.deepcopy(model, memo={id(t): t for t in shared})
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 from dora_cli.adapters.base import AdapterLayer, linear_shape
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.sources import buffer_size
+from dora_cli.models.quantised import held_bytes, weight_count
 from dora_cli.training.examples import examples
 from dora_cli.training.memory import NoEstimate, estimate
 from dora_cli.training.optim import warmup_steps
@@ -80,8 +81,11 @@ def _model(session: Session) -> dict[str, str]:
         d_out, d_in = linear_shape(base)
         shapes[f"{d_out}×{d_in}"] += 1
     adapter = sum(p.numel() for layer in session.layers.values() for p in layer.adapter_parameters().values())
-    total = sum(p.numel() for p in session.model.parameters()) - adapter
+    total = weight_count(session.model) - adapter
     lines = {"base": f"{session.config.model.name}, {total:,} parameters"}
+    if session.quantised is not None:
+        n, held = len(session.quantised.modules), held_bytes(session.model) / 1e6
+        lines["quantised"] = f"{session.quantised.kind}, {n} linear layers; the model is held in {held:,.1f} MB"
     if session.targets:
         lines["targets"] = f"{len(session.targets)} modules: " + ", ".join(f"{n} of {s}" for s, n in shapes.items())
     if session.head_modules:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dora_cli.adapters.base import AdapterLayer, linear_shape
+from dora_cli.adapters.base import AdapterLayer, is_packed, linear_shape
 from dora_cli.adapters.dropout import Masks
 from dora_cli.adapters.inject import inject, remove
 from dora_cli.adapters.siblings import Siblings, join
@@ -29,6 +29,7 @@ from dora_cli.data.tasks.base import Task
 from dora_cli.errors import UserError
 from dora_cli.models.load import load_model
 from dora_cli.models.new_tokens import NewTokens
+from dora_cli.models.quantised import STORED, Quantised, require_package
 from dora_cli.models.targets import stacked_experts
 from dora_cli.processes import ALONE, World
 from dora_cli.training.optim import build_optimizer, build_scheduler
@@ -73,6 +74,7 @@ class Session:
     rows: Rows
     head_modules: list[str]
     source: str  # where the base comes from: an absolute folder, package://…, or a hub name
+    quantised: Quantised | None  # which weights of the base are packed
     new_tokens: NewTokens | None  # whose embeddings train
     token_rows: dict[str, TokenRows]  # their rows, by full name
     layers: dict[str, AdapterLayer]
@@ -188,6 +190,9 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
     """
     config, parts = composed.config, composed.parts
     units = rules.check(**parts, names=composed.names)
+    if kind := config.model.quantization:
+        rules.check_base(parts["adapter"], f"model.quantization={kind}", composed.names)
+        require_package(kind)
     budget = asked_budget(composed)
     check_values(composed, budget)
     if config.train.batch_size < world.size:
@@ -209,9 +214,17 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
         max_length=config.data.max_length,
         max_target_length=config.data.max_target_length,
         as_stored=dtype is not None,
+        device=device,
         **task.model_kwargs(),
     )
     model = loaded.model
+    if loaded.quantised is not None:
+        rules.check_base(parts["adapter"], f"model.name={config.model.name}", composed.names)
+        if config.save.merged and loaded.quantised.kind == STORED:
+            raise UserError(
+                f"save.merged=true: nothing can be added to the quantised weights that {config.model.name} stores",
+                hint="leave it out; dora-merge adds the adapter to the original with base=NAME",
+            )
     encoded = {role: task.encode(split, loaded.tokenizer) for role, split in rows.splits.items()}
 
     model.requires_grad_(False)
@@ -281,6 +294,7 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
         rows=rows,
         head_modules=loaded.head_modules,
         source=config.model.name if config.model.name.startswith("package://") else loaded.source,
+        quantised=loaded.quantised,
         new_tokens=loaded.new_tokens,
         token_rows=token_rows,
         layers=layers,
@@ -353,5 +367,6 @@ def lower(model: nn.Module, dtype: torch.dtype) -> None:
         own = list(module.parameters(recurse=False))
         kind = torch.float32 if any(p.requires_grad for p in own) else dtype
         for parameter in own:
-            if parameter.is_floating_point():
+            packed = is_packed(module) and parameter is module.weight
+            if parameter.is_floating_point() and not packed:
                 parameter.data = parameter.data.to(kind)

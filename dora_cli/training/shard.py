@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_cli.adapters.base import AdapterLayer
+from dora_cli.adapters.base import AdapterLayer, is_packed
 from dora_cli.errors import UserError
 from dora_cli.models.targets import blocks
 from dora_cli.processes import World, mesh
@@ -21,10 +21,17 @@ def is_sharded(shard: str, model: nn.Module, world: World, device: torch.device)
     """What ``train.shard`` comes to for this model, whose weights are in the type that they will be held in.
 
     Raises:
-        UserError: ``full`` is asked for, and nothing is frozen.
+        UserError: ``full`` is asked for, and nothing is frozen, or the weights are packed.
     """
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     if world.alone or shard == "none":
+        return False
+    if any(is_packed(module) for module in model.modules()):
+        if shard == "full":
+            raise UserError(
+                "train.shard=full splits the frozen base, and packed (quantised) weights can't be split",
+                hint="set train.shard=none: each process then holds all of them; or model.quantization=null",
+            )
         return False
     if shard == "full":
         if frozen == 0:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dora_cli.adapters.base import AdapterLayer
+from dora_cli.adapters.base import AdapterLayer, dense_weight
 from dora_cli.allocation.importance.base import FlatScores
 from dora_cli.allocation.table import UnitTable
 
@@ -58,7 +58,7 @@ class Displacement(FlatScores):
             len(table), dtype=torch.bool
         )  # trained in the last period: there is a ũ to go on from
         self.before = [self._snapshot(layer) for layer in table.layers]
-        self.base_norms = [layer.weight.detach().float().norm() for layer in table.layers]
+        self.base_norms = [dense_weight(layer.base_layer).norm() for layer in table.layers]
 
     def close_period(self, table: UnitTable) -> None:
         training = ~table.frozen
