@@ -16,6 +16,7 @@ FROM_CONFIG = (
     "train.device",
     "train.precision",
     "model.trust_remote_code",
+    "model.quantization",
     "offline",
 )
 

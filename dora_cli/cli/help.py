@@ -111,6 +111,7 @@ def eval_help() -> str:
                     "checkpoint": "run folder, adapter folder, or model folder",
                     "recipe": "where task and data come from; null: the run's own",
                     "base": "base model by hub name or folder; null: the one the adapter names",
+                    "model.quantization": "how the base is packed; left out: as in training, and a model not at all",
                     "split": "split to evaluate [validation]",
                     "data.path": "file or folder to evaluate on instead",
                     "out": "folder for the files; null: beside the checkpoint",

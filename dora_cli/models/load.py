@@ -110,7 +110,9 @@ def load_model(
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
             kind, compute = _packing(config, settings), torch.bfloat16 if as_stored else torch.float32
             packing = loading_options(kind, auto, settings, compute, str(device)) if kind else {}
-        with _failures_named(config.name, source, offline, FILE_ERRORS):
+        # Packed weights that do not fit are met by whatever can't be done with them.
+        kinds = (*FILE_ERRORS, RuntimeError) if kind == STORED else FILE_ERRORS
+        with _failures_named(config.name, source, offline, kinds):
             model, report = auto.from_pretrained(
                 source,
                 config=settings,

@@ -144,12 +144,17 @@ def settle(model: Any, kind: str, compute: torch.dtype, name: str) -> Quantised:
     """Give the packed layers of a model just loaded what the other rooms need, and say which they are.
 
     Raises:
-        UserError: nothing was packed.
+        UserError: nothing was packed, or something was not that should be.
     """
     modules: dict[str, bool] = {}
     for full_name, module in model.named_modules():
         if (dense := _dequantiser(module)) is None:
             continue
+        if module.weight.is_floating_point() and not hasattr(module.weight, "qdata"):
+            raise UserError(
+                f"model.name={name}: its '{full_name}' should be packed, and is not",
+                hint="its config.json says so, where llm_int8_skip_modules does not name it",
+            )
         module.dense_weight = partial(dense, module)
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype, module.compute_type_is_set = compute, True

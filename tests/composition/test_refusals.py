@@ -59,6 +59,14 @@ NOWHERE = ["recipe=text_classification", "model.name=/nowhere", "data.path=/nowh
             "importance=component_norm or gate_size or gradient or module_sensitivity or sensitivity or ablation or "
             "random or none",
         ),
+        (["method=full", "model.quantization=bnb_nf4"], "adapter=full does not go with a quantised base", "lora"),
+        (["method=bitfit", "model.quantization=ao_int8"], "adapter=bitfit does not go with a quantised", "components"),
+        (
+            ["method=bayesian_lora", "budget=r2", "model.quantization=bnb_int8"],
+            "adapter=gated does not go with a quantised base (model.quantization=bnb_int8)",
+            "take a base that is not quantised",
+        ),
+        (["method=lora", "budget=r2", "model.quantization=nf4"], "quantization=nf4 is not offered", "did you mean"),
         (["method=dora"], "method=dora works towards a budget", "budget=r8"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
