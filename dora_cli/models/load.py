@@ -109,7 +109,10 @@ def load_model(
             _require_class(auto, auto_class, settings, config.name)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
             kind, compute = _packing(config, settings), torch.bfloat16 if as_stored else torch.float32
-            packing = loading_options(kind, auto, settings, compute, str(device)) if kind else {}
+            trusted = config.trust_remote_code
+            packing = (
+                loading_options(kind, auto, settings, compute, str(device), trust_remote_code=trusted) if kind else {}
+            )
         # Packed weights that do not fit are met by whatever can't be done with them.
         kinds = (*FILE_ERRORS, RuntimeError) if kind == STORED else FILE_ERRORS
         with _failures_named(config.name, source, offline, kinds):

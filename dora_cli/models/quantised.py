@@ -90,7 +90,9 @@ def stored_package(settings: Any, name: str) -> str | None:
     return package
 
 
-def loading_options(kind: str, auto: Any, settings: Any, compute: torch.dtype, device: str) -> dict[str, Any]:
+def loading_options(
+    kind: str, auto: Any, settings: Any, compute: torch.dtype, device: str, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """What ``from_pretrained`` has to be told, so that weights are packed one by one as they are read.
 
     Args:
@@ -106,7 +108,7 @@ def loading_options(kind: str, auto: Any, settings: Any, compute: torch.dtype, d
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     with torch.device("meta"):
-        skeleton = auto.from_config(settings)
+        skeleton = auto.from_config(settings, trust_remote_code=trust_remote_code)
     # As patterns that match nothing but this name; torchao is asked about parameters.
     skipped = [rf"^{re.escape(name)}(\.weight)?$" for name in _not_packed(skeleton)]
     if kind == "ao_int8":
@@ -136,7 +138,7 @@ def _not_packed(model: Any) -> list[str]:
 
 def quieten() -> None:
     """What the packages say of themselves at every call or import; errors are still heard."""
-    for name in ("bitsandbytes", "torchao"):
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last while torchao is imported
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -12,6 +12,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "minilm": {"type": "bert", "layers": 6, "width": 384, "inner": 1536, "heads": 12, "vocabulary": 30522},
     "roberta-base": {"type": "roberta", "layers": 12, "width": 768, "inner": 3072, "heads": 12, "vocabulary": 50265},
     "llama-1b": {"type": "llama", "layers": 16, "width": 2048, "inner": 8192, "heads": 32, "vocabulary": 32000},
+    "llama-8b": {"type": "llama", "layers": 32, "width": 4096, "inner": 14336, "heads": 32, "vocabulary": 128256},
+    "tiny-llama": {"type": "llama", "layers": 2, "width": 256, "inner": 512, "heads": 8, "vocabulary": 100},
     "tiny": {"type": "bert", "layers": 2, "width": 64, "inner": 128, "heads": 4, "vocabulary": 100},
 }
 
