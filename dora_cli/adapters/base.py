@@ -58,7 +58,8 @@ class AdapterLayer(nn.Module):
     zero closes a unit exactly), ``no_decay`` (parameters that weight decay must leave alone) and ``learning_rates``
     (parameter → its own peak rate, where it is not the adapter's). ``removable`` says that without units the layer is
     its base layer again; ``nested`` that a unit counts only together with all before it in its module,
-    ``is_low_rank`` that ``low_rank()`` can be asked for, ``sums_components`` that ``operands()`` says the whole update.
+    ``is_low_rank`` that ``low_rank()`` can be asked for, ``sums_components`` that ``operands()`` says the whole update,
+    ``adds`` that the update is a function of the input alone: of neither the base nor random numbers but the masks.
     """
 
     unit_axes: ClassVar[Mapping[str, int]] = {}
@@ -67,6 +68,7 @@ class AdapterLayer(nn.Module):
     is_low_rank: ClassVar[bool] = True
     nested: ClassVar[bool] = False
     sums_components: ClassVar[bool] = False
+    adds: ClassVar[bool] = True
     no_decay: frozenset[str] = frozenset()
     learning_rates: Mapping[str, float] = {}
 

@@ -37,6 +37,7 @@ class GatedLayer(LowRankLayer):
 
     unit_axes: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1, "c": 0, "phi": 0}
     nested = True
+    adds = False
     no_decay = frozenset({"c", "phi", "bit_logits", "log_ranges"})
 
     def __init__(

@@ -20,6 +20,7 @@ class WeightDecomposedLayer(LoraLayer):
     """
 
     removable = False
+    adds = False
     squares: Tensor
     no_decay = frozenset({"magnitude"})
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from dora_cli.cli import run_folder
+from dora_cli.cli.apart_run import run_apart
 from dora_cli.cli.run import FAILURE, guard, print_error
 from dora_cli.cli.train_run import run
 from dora_cli.config.compose import Composed
@@ -52,7 +53,7 @@ def _together(prepare: Callable[[list[str]], Composed], argv: list[str], world: 
                 raise mistake
         assert composed is not None
         _same(world, composed)
-        return run(composed, world)
+        return (run_apart if composed.config.train.base == "apart" else run)(composed, world)
     except EndedElsewhereError as error:
         return error.code
     except UserError as error:

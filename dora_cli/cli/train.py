@@ -37,6 +37,10 @@ def train(argv: list[str]) -> int:
         check_names(arguments.overrides, folders)
         return sweep(arguments.overrides, arguments.config_dirs)
     composed = _compose(arguments)
+    if composed.config.train.base == "apart":
+        from dora_cli.cli.apart_run import run_apart
+
+        return run_apart(composed)
     from dora_cli.cli.train_run import run
 
     return run(composed) or 0

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from os.path import expanduser
 from pathlib import Path
@@ -35,16 +35,20 @@ from dora_cli.training.state import Progress, capture, restore
 from dora_cli.training.summary import peaks, summarise
 
 
-def run(composed: Composed, world: World = ALONE) -> int:
+def run(composed: Composed, world: World = ALONE, built: Callable[[Session], object] | None = None) -> int:
     """Train as composed. Returns the exit code.
 
     Args:
         world: this process among those of the run; the main one alone looks into the run's folder, writes and prints.
+        built: takes the session before anything is said or done with it.
 
     Raises:
         UserError: anything the user can put right; before the folder is made wherever that can be known.
     """
     config = composed.config
+    if config.train.base == "apart" and built is None:
+        raise UserError("train.base=apart is for a run by itself", hint="start each run of a sweep with torchrun")
+    built = built or (lambda session: None)
     budget = config.budget if composed.parts["adapter"].budgeted else None
     default = run_folder.default_out(composed.recipe, composed.method, budget, config.seed)
     out = Path(config.out) if config.out else default
@@ -52,6 +56,7 @@ def run(composed: Composed, world: World = ALONE) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if config.dry_run:
         session = _ready(composed, None, world)
+        built(session)
         if world.is_main:
             print_plan(describe(session, str(out)))
         return 0
@@ -62,6 +67,7 @@ def run(composed: Composed, world: World = ALONE) -> int:
             print(f"{out} is finished; nothing to resume")
             return 0
         session = _ready(composed, claim.checkpoint if world.is_main else out if resumes else None, world)
+        built(session)
         world.on_main(lambda: claim.take(session))
         progress = _restored(session, claim.checkpoint) if resumes else Progress()
         if not world.is_main:
@@ -215,7 +221,7 @@ class _Run:
         progress: Progress | None = None,
     ) -> None:
         self.session, self.out, self.progress = session, out, progress or Progress()
-        self.signals = Signals(lambda text: self.view.line(text), alone=session.world.alone)
+        self.signals = Signals(lambda text: self.view.line(text), alone=session.world.alone and session.traffic is None)
         self.saved = 0  # the step of the last checkpoint
         self.messages = list(messages)
         config = session.config

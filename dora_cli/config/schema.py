@@ -121,6 +121,11 @@ class TrainConfig:
         choices=("auto", "none", "full"),
     )
     timeout: float = key(600.0, "seconds that a process waits for the others", above=0.0)
+    base: str = key(
+        "here",
+        "where the frozen base is: here, or apart, in the second of two processes that torchrun starts",
+        choices=("here", "apart"),
+    )
     workers: int = key(
         0, "processes that pad batches; 0 is fastest: padding takes 0.2 ms, handing over from a process 2 ms", low=0
     )

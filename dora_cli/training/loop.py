@@ -306,6 +306,8 @@ class _Meter:
             "alive": session.allocation.alive_count(),
             "gradient_norm": float(self.norm),
         }
+        if session.traffic is not None:
+            record["traffic"] = session.traffic.training.total()  # bytes since the start
         regularizer = session.allocation.regularizer
         if regularizer.acts:
             record["regularizer"] = regularizer.value(session.allocation.table)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_cli.adapters.base import AdapterLayer, linear_shape
+from dora_cli.allocation.allocators.kill_and_revive import traffic
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.sources import buffer_size
 from dora_cli.models.quantised import held_bytes, weight_count
@@ -30,8 +31,11 @@ def describe(session: Session, out: str) -> Sections:
     if session.allocation.allocator.scores:
         sections["schedule"] = _schedule(session)
     sections["training"] = _training(session)
-    if session.config.dry_run:
+    if session.config.train.base == "apart":
+        sections["apart"] = _apart(session)
+    elif session.config.dry_run:
         sections["training"]["memory"] = _memory(session)
+    if session.config.dry_run:
         sections["examples"] = examples(session)
     notes = _notes(session)
     if notes:
@@ -146,6 +150,24 @@ def _training(session: Session) -> dict[str, str]:
         "steps": f"{session.total_steps:,} of {rows} rows" + epochs,
         "rate": f"{train.learning_rate:g} {train.scheduler}, {counted(warmup, 'step')} of warm-up, "
         f"weight decay {train.weight_decay:g}, clip {train.clip_norm}",
+    }
+
+
+def _apart(session: Session) -> dict[str, str]:
+    allocation, layers = session.allocation, list(session.layers.values())
+    size = 2 if session.autocast_dtype is not None else 4
+    values = traffic(layers, [True] * len(layers))
+    crossing = (
+        f"{values:,} values a token ({values * size / 1024:,.0f} KiB) in a step with all {len(layers)} modules on"
+    )
+    if allocation.table.kind == "modules" and allocation.last < len(layers):
+        if getattr(allocation.allocator, "killed", "") == "drop":
+            crossing += f"; {allocation.last} of them at the end, on average {allocation.last / len(layers):.0%} of it"
+        else:
+            crossing += "; idle ones cross as well (allocator.killed=drop switches them off)"
+    return {
+        "base": "in process 1, the cloud; adapters, head, data and labels in this one",
+        "crossing": crossing,
     }
 
 

@@ -32,6 +32,7 @@ from dora_cli.models.new_tokens import NewTokens
 from dora_cli.models.quantised import STORED, Quantised, require_package
 from dora_cli.models.targets import stacked_experts
 from dora_cli.processes import ALONE, World
+from dora_cli.training.apart.wire import Traffic
 from dora_cli.training.optim import build_optimizer, build_scheduler
 from dora_cli.training.parallel import OwnRandom, sample
 from dora_cli.training.passes import first_row, keeping_apart, probe
@@ -96,6 +97,7 @@ class Session:
     sharded: bool  # whether each process holds a part of the frozen base
     own_random: OwnRandom | None  # of the forward pass; None for one process alone
     origin: str  # a digest of the weights before training, where several processes have to agree
+    traffic: Traffic | None = None  # with the process that has the base, where that is apart
     forward: nn.Module = field(init=False)  # the model, or its compiled form
     _candidates: tuple[int, list[nn.Parameter]] | None = None
 

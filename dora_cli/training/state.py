@@ -53,6 +53,7 @@ def capture(session: Session, progress: Progress) -> tuple[dict[str, dict[str, T
         "data": session.encoded["train"].fingerprint(),
         "stream": session.stream.state() if session.stream is not None else None,
         "progress": asdict(progress),
+        "traffic": session.traffic.state() if session.traffic is not None else None,
         "scheduler": {"last_epoch": session.scheduler.last_epoch},
         "allocation": allocation_rest,
         "random": _random_numbers(),
@@ -79,6 +80,8 @@ def restore(session: Session, tensors: Mapping[str, Mapping[str, Tensor]], rest:
             where=f"now {len(session.encoded['train']):,} rows; some lengths, labels or tokens differ",
             hint="put the data (and the tokenizer) back as they were, or start anew in another out=DIR",
         )
+    if session.traffic is not None:
+        session.traffic.load(rest["traffic"])
     if session.stream is not None:
         session.stream.restore(rest["stream"])
     session.allocation.load_state_dict(_join(tensors["allocation"], rest["allocation"]))
