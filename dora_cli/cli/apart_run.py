@@ -4,94 +4,99 @@ from contextlib import suppress
 
 from torch import nn
 
+from dora_cli.cli.signals import Signals
 from dora_cli.cli.train_run import run
 from dora_cli.config.compose import Composed
 from dora_cli.data.tasks import build_task
 from dora_cli.errors import UserError
 from dora_cli.evaluation.scorers import build_scorer
 from dora_cli.models.load import load_model
-from dora_cli.processes import World
+from dora_cli.processes import ALONE, World
 from dora_cli.training.apart.cloud import Cloud
 from dora_cli.training.apart.device import send_away
+from dora_cli.training.apart.seam import Seam, find_seam
 from dora_cli.training.apart.wire import Link
 from dora_cli.training.setup import Session, autocast_dtype, lower, pick_device
 
 DEVICE, CLOUD = 0, 1  # ranks
-COMMAND = "torchrun --nproc-per-node 2 -m dora_cli.train"
 
 
-def run_apart(composed: Composed, world: World) -> int:
+def run_apart(composed: Composed, world: World = ALONE) -> int:
     """Train as composed, with the base in process 1. Returns the exit code.
 
     Raises:
-        UserError: in the process that finds it; the other ends too.
+        UserError: in the process that finds it; the other one ends too.
     """
-    check_apart(composed, world)
-    return _cloud(composed) if world.rank == CLOUD else _device(composed)
+    _check(composed, world)
+    if composed.config.dry_run:
+        return run(composed, built=_check_session) if world.is_main else 0
+    return _device(composed) if world.rank == DEVICE else _cloud(composed)
 
 
-def check_apart(composed: Composed, world: World) -> None:
+def _check(composed: Composed, world: World) -> None:
     """Refuse what can't be done apart, before anything is loaded.
 
     Raises:
         UserError: naming it.
     """
     config = composed.config
-    if world.size != 2:
-        number = "one process" if world.alone else f"{world.size} processes"
+    if world.size != 2 and not (world.alone and config.dry_run):
         raise UserError(
-            f"train.base=apart takes two processes, and there is {number}"
-            if world.alone
-            else f"train.base=apart takes two processes, and there are {number}",
-            hint=f"start it with {COMMAND} …, or set train.base=here",
+            f"train.base=apart takes two processes, not {world.size}",
+            hint="start it with torchrun --nproc-per-node 2 -m dora_cli.train …, or set train.base=here",
         )
-    refused = {
-        "train.gradient_checkpointing=true": (
-            config.train.gradient_checkpointing,
-            "what is computed twice would cross twice",
-        ),
-        "train.compile=true": (config.train.compile, "a compiler can't see the other process"),
-        "model.add_tokens": (bool(config.model.add_tokens), "their embeddings train inside the base"),
+    reasons = {
+        "train.gradient_checkpointing=true": "what is computed twice would cross twice",
+        "train.compile=true": "a compiler can't follow into the other process",
+        "train.shard=full": "the base is whole in one process",
+        "model.add_tokens": "their embeddings train inside the base",
     }
-    for key, (is_set, reason) in refused.items():
+    train = config.train
+    wanted = train.gradient_checkpointing, train.compile, train.shard == "full", bool(config.model.add_tokens)
+    for (key, reason), is_set in zip(reasons.items(), wanted, strict=True):
         if is_set:
-            raise UserError(f"{key} does not go with train.base=apart: {reason}", hint="leave out one of the two")
-    if not composed.parts["adapter"].wraps:
+            raise UserError(f"{key} does not go with train.base=apart: {reason}", hint="leave one of the two out")
+
+
+def _check_session(session: Session) -> Seam:
+    """Refuse what is known when everything is built.
+
+    Raises:
+        UserError: naming it.
+    """
+    if build_scorer(session.task).writes:
         raise UserError(
-            f"train.base=apart: method={composed.method} trains the base itself, which is to be in another process",
-            hint="choose a method with adapters, such as method=dlora or method=lora",
+            "train.base=apart: the model can't write text, which keeps a state in the base from word to word",
+            where=f"data.metrics: {', '.join(session.task.metric_names)}",
+            hint="choose metrics that need no writing, such as data.metrics=[token_accuracy]",
         )
+    return find_seam(session)
 
 
 def _device(composed: Composed) -> int:
-    links: list[Link] = []
+    link = Link(CLOUD, pick_device(composed.config.train.device))
 
-    def ready(session: Session) -> None:
-        if getattr(build_scorer(session.task), "writes", False):
-            raise UserError(
-                "train.base=apart: the model can't write text, which takes a pass for every token",
-                where=f"data.metrics={','.join(session.task.metric_names)}",
-                hint="choose metrics of the tokens themselves, such as data.metrics=[token_accuracy]",
-            )
-        links.append(Link(CLOUD, session.device))
-        send_away(session, links[0])
+    def send(session: Session) -> None:
+        send_away(session, link, _check_session(session))
 
     code = 1
     try:
-        code = run(composed, ready)
+        code = run(composed, built=send)
     except UserError:
         code = 2
         raise
     finally:
-        with suppress(RuntimeError):  # it has gone by itself
-            (links or [Link(CLOUD, pick_device("cpu"))])[0].send("end", code=code)
+        with suppress(RuntimeError):  # the cloud may have gone before
+            link.send("end", code=code)
     return code
 
 
 def _cloud(composed: Composed) -> int:
     train = composed.config.train
     place, dtype = pick_device(train.device), autocast_dtype(train.precision)
-    return Cloud(load_body(composed).to(place), Link(DEVICE, place), dtype).serve()
+    body = load_body(composed).to(place)
+    with Signals(lambda text: None, alone=False):  # the device saves, and says when it is done
+        return Cloud(body, Link(DEVICE, place), dtype).serve()
 
 
 def load_body(composed: Composed) -> nn.Module:

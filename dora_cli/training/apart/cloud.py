@@ -1,6 +1,6 @@
 """The cloud's side: the frozen base model, run as the device asks, which in turn is asked for what adapters add."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -145,6 +145,6 @@ class _Asked(torch.autograd.Function):
         return (link.answered(ctx.like, ctx.kind) if ctx.wants else None), *[None] * 6
 
 
-def told(names: Sequence[str]) -> Tensor:
+def told(names: Iterable[str]) -> Tensor:
     """Names as bytes, as ``Cloud`` reads them."""
     return torch.tensor(list(" ".join(names).encode()), dtype=torch.uint8)
