@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from dora_cli.config.recipes import offered, sentences
 from dora_cli.config.schema import MISSING, PART_GROUPS, Config
+from dora_cli.config.sweeps import LAUNCHERS, SWEEPERS
 
 WIDTH = 80
 COLUMN = 30
@@ -58,12 +59,14 @@ def train_help(folders: Sequence[Path]) -> str:
                     "--version": "the version",
                 },
             ),
+            *_section("who runs and who proposes the jobs of -m, with keys (hydra.launcher.n_jobs=2)", _sweeps()),
             *_section("exit codes", EXIT_CODES),
             *_examples(
                 "dora-train recipe=glue_sst2 budget=0.1",
                 "dora-train recipe=glue_sst2 data.path=reviews.csv data.columns.text=review",
                 "dora-train recipe=mine.yaml method=adalora train.epochs=3 out=runs/try",
                 "dora-train -m recipe=glue_sst2 method=dora,lora seed=1,2,3",
+                "dora-train -m recipe=glue_sst2 seed=1,2,3,4 hydra/launcher=joblib",
                 "dora-train recipe=runs/try/config.yaml out=runs/again      (repeats a run)",
             ),
         ]
@@ -144,6 +147,18 @@ def _keys(schema: type, prefix: str = "") -> dict[str, str]:
         text = f.metadata["help"] + (f" ({', '.join(options)})" if options else "")
         shown = str(default).lower() if isinstance(default, bool) else str(default)
         found[prefix + f.name] = text if default in (None, MISSING) else f"{text} [{shown}]"
+    return found
+
+
+def _sweeps() -> dict[str, str]:
+    """The launchers and sweepers, each with the names of the options that those above it do not have."""
+    found, said = {}, set()
+    for group, table in (("launcher", LAUNCHERS), ("sweeper", SWEEPERS)):
+        for name, schema in table.items():
+            options = [option for option in _keys(schema, f"hydra.{group}.") if option not in said]
+            said |= set(options)
+            listed = f" ({', '.join(o.removeprefix(f'hydra.{group}') for o in options)})" if options else ""
+            found[f"hydra/{group}={name}"] = f"{schema.__doc__}{listed}"
     return found
 
 

@@ -1,23 +1,26 @@
-"""``-m``: one run for every combination of swept values, one after the other, each in a process of its own."""
+"""``-m``: one run for every combination of swept values, or every proposal of a search, each a process of its own."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from os.path import expanduser
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from dora_cli.cli.run import FAILURE, INTERRUPTED, TERMINATED, USER_MISTAKE, Terminated
+from dora_cli.cli.launchers import Command, Launcher, build_launcher, require, with_processes
+from dora_cli.cli.run import FAILURE, INTERRUPTED, TERMINATED, USER_MISTAKE
+from dora_cli.cli.run_folder import is_finished
 from dora_cli.errors import UserError
 
 COMMAND = [sys.executable, "-m", "dora_cli.cli.train"]
 LONGEST_NAME = 150  # file systems take 255 bytes
+LOGS = ".sweep"  # in the sweep's folder: what jobs say that do not speak in this terminal
 
 
 @dataclass(frozen=True)
@@ -38,55 +41,166 @@ class Result:
     metric: str
 
 
+@dataclass(frozen=True)
+class Ranges:
+    """A sweep, read: the overrides that all jobs share, the values of every swept key, and the jobs' parent folder."""
+
+    shared: list[str]
+    axes: dict[str, Any]  # key → config.overrides.Values
+    parent: Path
+
+    def job(self, values: Sequence[str], name: str | None = None) -> Job:
+        """The job that takes these values, one a swept key, its folder called ``name`` or after them."""
+        swept = [f"{key}={value}" for key, value in zip(self.axes, values, strict=True)]
+        folder = self.parent / folder_name([name] if name else swept)
+        return Job(",".join(swept), [*self.shared, *swept, f"out={folder}"], folder)
+
+
 def sweep(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
-    """Run all jobs. A failed one does not end the sweep; Ctrl-C and SIGTERM do.
+    """Run all jobs. A failed one does not end the sweep; Ctrl-C and SIGTERM do, after the jobs have saved.
 
     Returns:
         0 if all jobs succeeded, else the worst of their codes (1 over 2), or 130 / 143 where it was ended.
 
     Raises:
-        UserError: nothing to sweep over, or a mistyped name or key.
+        UserError: nothing to sweep over, a mistyped name or key, a package that is missing.
     """
-    jobs = plan(overrides, config_dirs)
-    results: list[Result] = []
-    ended = 0
-    for number, job in enumerate(jobs, 1):
-        if ended:
-            results.append(Result(job, None, ""))
-            continue
-        print(f"sweep: job {number} of {len(jobs)}: {job.name}", flush=True)
-        code, ended = _run(job, config_dirs)
-        results.append(Result(job, code, main_metric(job.out) if code == 0 else ""))
+    from dora_cli.config.launching import take
+
+    launching, overrides = take(overrides)
+    if launching.search is not None:
+        require("optuna", "hydra/sweeper=optuna")
+        ranges = read(overrides, config_dirs, search=True)
+    else:
+        jobs = plan(overrides, config_dirs)
+        ranges = Ranges([], {}, jobs[0].out.parent)
+    runner = Runner(build_launcher(launching, ranges.parent), launching.options, config_dirs)
+    with runner.stopped_by_signals():
+        if launching.search is None:
+            results = runner.run(jobs)
+        else:
+            from dora_cli.cli.search import search
+
+            results = search(ranges, launching, runner)
     print("\n".join(table(results)))
     codes = {result.code for result in results if result.code}
-    return ended or (USER_MISTAKE if codes == {USER_MISTAKE} else FAILURE if codes else 0)
+    return runner.ended or (USER_MISTAKE if codes == {USER_MISTAKE} else FAILURE if codes else 0)
+
+
+class Runner:
+    """Runs jobs through a launcher, and says what becomes of them.
+
+    Attributes:
+        ended: 130 or 143 where a signal ended the sweep, else 0.
+        at_once: how many jobs the launcher runs at a time.
+    """
+
+    def __init__(self, launcher: Launcher, options: Any, config_dirs: Sequence[str] = ()) -> None:
+        self._launcher, self._options = launcher, options
+        self._flags = [word for folder in config_dirs for word in ("--config-dir", folder)]
+        self.at_once = launcher.at_once
+        self.ended = 0
+
+    def run(self, jobs: Sequence[Job], first: int = 1, of: int | None = None) -> list[Result]:
+        """Run jobs, and give their results in the same order.
+
+        Args:
+            jobs: what to run; a finished one is left alone where its overrides say ``resume=true``.
+            first: the number of the first one, for what is said.
+            of: how many there are in all; default all of these.
+        """
+        results = [Result(job, 0, main_metric(job.out)) if _is_done(job) else Result(job, None, "") for job in jobs]
+        left = [index for index, result in enumerate(results) if result.code is None]
+        titles = [f"sweep: job {first + i} of {of or len(jobs)}: {job.name}" for i, job in enumerate(jobs)]
+        for index in set(range(len(jobs))) - set(left):
+            print(f"{titles[index]}: finished before", flush=True)
+        commands = [self._command(jobs[index]) for index in left]
+
+        def begun(position: int) -> None:
+            log = commands[position].log
+            print(titles[left[position]] + (f"  (see {log})" if log else ""), flush=True)
+
+        for position, code in self._launcher.run(commands, begun):
+            job = jobs[left[position]]
+            metric = main_metric(job.out) if code == 0 else ""
+            results[left[position]] = Result(job, code, metric)
+            if not self._launcher.shows and code is not None:
+                lines = [f"sweep: {job.name} ended: {metric or code}", *_last_words(commands[position], code)]
+                print("\n  ".join(lines), flush=True)
+        return results
+
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the sweep: the launcher hands them on, and all that runs saves and ends."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.ended = INTERRUPTED if number == signal.SIGINT else TERMINATED
+            self._launcher.stop(number)
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _command(self, job: Job) -> Command:
+        words = with_processes([*COMMAND, *job.overrides, *self._flags], self._options)
+        return Command(words, "" if self._launcher.shows else str(job.out.parent / LOGS / f"{job.out.name}.log"))
+
+
+def _is_done(job: Job) -> bool:
+    return "resume=true" in job.overrides and is_finished(job.out)
+
+
+def _last_words(command: Command, code: int) -> list[str]:
+    """The end of what a failed job said."""
+    log = Path(command.log)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if code and log.exists() else []
+    return [line for line in lines if line.strip()][-4:]
 
 
 def plan(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Job]:
     """The jobs of a sweep, in the order of the swept keys, the last one changing fastest.
 
-    Ranges come from the command line and from ``hydra.sweeper.params`` of the recipe, the command line winning.
+    Raises:
+        UserError: nothing to sweep over, several sweeps of ``out``, a mistyped name.
+    """
+    ranges = read(overrides, config_dirs)
+    jobs = [ranges.job(combination) for combination in product(*ranges.axes.values())]
+    if len({job.out for job in jobs}) < len(jobs):
+        raise UserError("two jobs of this sweep would share a folder", hint="a key has one value twice")
+    return jobs
+
+
+def read(overrides: Sequence[str], config_dirs: Sequence[str] = (), *, search: bool = False) -> Ranges:
+    """What a sweep is over: from the command line and from ``hydra.sweeper.params`` of the recipe, the former winning.
+
+    Args:
+        overrides: as typed, Hydra's own keys taken out.
+        config_dirs: the user's own folders.
+        search: whether intervals may stand for values.
 
     Raises:
         UserError: nothing to sweep over, several sweeps of ``out``, a mistyped name.
     """
     from dora_cli.cli.help import PART_KEYS
-    from dora_cli.config.check import Key, find_key, known_keys
+    from dora_cli.config.check import Key, check_range, check_type, find_key, known_keys
     from dora_cli.config.layers import Layer, find_recipe
-    from dora_cli.config.overrides import parse_sweep, split, sweep_values
+    from dora_cli.config.overrides import Interval, parse_sweep, split, sweep_values
     from dora_cli.config.recipes import GROUPS, check_choice, missing_recipe, search_folders
     from dora_cli.config.schema import PART_GROUPS, Config
 
     folders, keys = search_folders(config_dirs), known_keys(Config)
     parents = [split(o)[1] for o in overrides if "=" in o and split(o)[0] == "out"]
     rest = [o for o in overrides if "=" not in o or split(o)[0] != "out"]
-    shared, axes = parse_sweep(rest, keys, folders)
+    shared, axes = parse_sweep(rest, keys, folders, search=search)
     fixed = dict(map(split, shared))
-    recipes = axes.get("recipe") or ([fixed["recipe"]] if "recipe" in fixed else [])
+    recipes: Any = axes.get("recipe") or ([fixed["recipe"]] if "recipe" in fixed else [])
     if not recipes:
         raise missing_recipe(folders)
     for group in (g for g in GROUPS if g in axes):
-        for name in axes[group]:
+        for name in _listed(group, axes[group]):
             check_choice(group, name, folders)
     for recipe in recipes:
         for key, leaf in Layer("", "", find_recipe(recipe, folders).source).sweep().items():
@@ -95,26 +209,30 @@ def plan(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Job]
             if len(recipes) > 1:
                 raise UserError(f"recipe {recipe} is a sweep itself, and cannot be swept over", where=leaf.where)
             text = ",".join(map(str, leaf.value)) if isinstance(leaf.value, list) else str(leaf.value)
-            values = sweep_values(key, text, is_text=key in keys and keys[key].is_text, folders=folders)
-            axes[key] = values or [text]
+            is_text = key in keys and keys[key].is_text
+            axes[key] = sweep_values(key, text, is_text=is_text, folders=folders, search=search) or [text]
     # A mistyped key is one message, not one a job. The options of parts are known only to the jobs, which import torch.
     documented = keys | {key: Key(key, str) for key in PART_KEYS}
     for key in (*fixed, *axes):
         if key not in GROUPS and key.split(".")[0] not in PART_GROUPS:
             find_key(key, documented)
+    for key, values in axes.items():
+        if isinstance(values, Interval) and key in keys:
+            for end in (values.low, values.high):
+                check_type(keys[key], end)
+                check_range(keys[key], end)
     if not axes:
-        raise UserError("-m needs something to sweep over", hint="give a key several values, such as budget=0.1,0.2")
-
+        what = "search" if search else "sweep over"
+        raise UserError(f"-m needs something to {what}", hint="give a key several values, such as budget=0.1,0.2")
     name = find_recipe(recipes[0], folders).name if len(recipes) == 1 else ""
     parent = Path(expanduser(parents[-1])) if parents else Path("runs", name, "sweep-" + "-".join(axes))
-    jobs = []
-    for combination in product(*axes.values()):
-        swept = [f"{key}={value}" for key, value in zip(axes, combination, strict=True)]
-        folder = parent / folder_name(swept)
-        jobs.append(Job(",".join(swept), [*shared, *swept, f"out={folder}"], folder))
-    if len({job.out for job in jobs}) < len(jobs):
-        raise UserError("two jobs of this sweep would share a folder", hint="a key has one value twice")
-    return jobs
+    return Ranges(shared, axes, parent)
+
+
+def _listed(group: str, values: Any) -> list[str]:
+    if not isinstance(values, list):
+        raise UserError(f"{group} has names, not numbers", hint=f"write {group}=a,b")
+    return values
 
 
 def folder_name(swept: Sequence[str]) -> str:
@@ -127,45 +245,20 @@ def folder_name(swept: Sequence[str]) -> str:
     return name
 
 
-def _run(job: Job, config_dirs: Sequence[str]) -> tuple[int, int]:
-    """Run one job to its end, whatever happens to us meanwhile: it saves what it has.
-
-    Returns:
-        Its exit code, and what ends the sweep (0, 130 or 143).
-    """
-    arguments = [*job.overrides, *(word for folder in config_dirs for word in ("--config-dir", folder))]
-    child = subprocess.Popen([*COMMAND, *arguments])
-    ended = 0
-    while True:
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:
-            ended = INTERRUPTED
-            if not _at_terminal():  # there, Ctrl-C has reached the job as well, and a second one would kill it
-                child.send_signal(signal.SIGINT)
-        except Terminated:
-            ended = TERMINATED
-            child.send_signal(signal.SIGTERM)
-        else:
-            # A job that a signal ended has a negative code here; a shell calls it 128 + signal.
-            return (128 - code if code < 0 else code), ended
-
-
-def _at_terminal() -> bool:
-    try:
-        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def main_metric(out: Path) -> str:
-    """``accuracy 0.931`` from ``summary.json``: the metric that chose the checkpoint. Empty where there is none."""
+def main_result(out: Path) -> tuple[str, float] | None:
+    """Name and value, from ``summary.json``, of the metric that chose the checkpoint. None where there is none."""
     try:
         summary: Mapping[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         best = summary["best"]
-        return f"{best['name']} {best['value']:.4g}"
+        return str(best["name"]), float(best["value"])
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return None
+
+
+def main_metric(out: Path) -> str:
+    """``accuracy 0.931``: the result in words, empty where there is none."""
+    result = main_result(out)
+    return f"{result[0]} {result[1]:.4g}" if result else ""
 
 
 def table(results: Sequence[Result]) -> list[str]:

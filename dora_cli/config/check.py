@@ -65,7 +65,8 @@ def find_key(name: str, keys: Mapping[str, Key], where: str | None = None) -> Ke
     if parent:
         raise UserError(f"'{name}': {parent.name} is {describe(parent.hint)} and has no keys below it", where=where)
     if name.startswith(("hydra.", "hydra/")) or name == "hydra":
-        raise UserError(f"'{name}' is Hydra's own key", where=where, hint="the run folder is out, and -m runs a sweep")
+        hint = "the run folder is out, and -m runs a sweep, by hydra/launcher=NAME"
+        raise UserError(f"'{name}' is Hydra's own key", where=where, hint=hint)
     if name in GROUPS:
         hint = f"in a file write '- override /{name}: NAME' under defaults, on the command line {name}=NAME"
         raise UserError(f"'{name}' is chosen by name", where=where, hint=hint)

@@ -7,12 +7,13 @@ key is the text as typed, and so is any other value that Hydra reads as plain te
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from os.path import expanduser, isfile
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Quote, QuotedString, Transformer
+from hydra.core.override_parser.types import Glob, IntervalSweep, Quote, QuotedString, RangeSweep, Transformer
 from hydra.core.override_parser.types import Override as HydraOverride
 from hydra.errors import HydraException
 
@@ -146,13 +147,32 @@ def is_quoted(text: str) -> bool:
 # ---- sweeps -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Interval:
+    """Numbers between two ends, both included; whole ones where both ends are; by ``log`` as many in each decade."""
+
+    low: float
+    high: float
+    step: float | None = None
+    log: bool = False
+
+
+Values = list[str] | Interval
+
+
 def parse_sweep(
-    arguments: Iterable[str], keys: Mapping[str, Key], folders: Sequence[Path]
-) -> tuple[list[str], dict[str, list[str]]]:
+    arguments: Iterable[str], keys: Mapping[str, Key], folders: Sequence[Path], *, search: bool = False
+) -> tuple[list[str], dict[str, Values]]:
     """Read the overrides of a sweep (``-m``): ``a,b,c``, ``range(1,4)``, ``choice(a,b)``, ``glob(dora*)``.
 
     Keys that ``keys`` does not know are not refused here but by the run that gets them: the options of parts are known
     only once the parts are loaded.
+
+    Args:
+        arguments: the overrides.
+        keys: the known keys.
+        folders: where ``glob`` looks for names.
+        search: give ``interval(0.1,1)`` and ranges as intervals, for who proposes values of his own.
 
     Returns:
         The overrides that all runs share, as typed, and for every swept key its values, as each run gets them.
@@ -161,12 +181,13 @@ def parse_sweep(
         UserError: not ``key=value``, or a sweep that cannot be listed.
     """
     shared: dict[str, str] = {}
-    axes: dict[str, list[str]] = {}
+    axes: dict[str, Values] = {}
     for argument in arguments:
         name, text = split(argument)
         shared.pop(name, None)
         axes.pop(name, None)
-        values = sweep_values(name, text, is_text=name in keys and keys[name].is_text, folders=folders)
+        is_text = name in keys and keys[name].is_text
+        values = sweep_values(name, text, is_text=is_text, folders=folders, search=search)
         if values is None:
             shared[name] = argument
         else:
@@ -174,28 +195,52 @@ def parse_sweep(
     return list(shared.values()), axes
 
 
-def sweep_values(name: str, text: str, *, is_text: bool, folders: Sequence[Path]) -> list[str] | None:
+def sweep_values(
+    name: str, text: str, *, is_text: bool, folders: Sequence[Path], search: bool = False
+) -> Values | None:
     """The values of one swept key, each as a run's command line takes it; None where there is only one value.
 
     Raises:
-        UserError: an ``interval``, which has no end of values, or a sweep without any.
+        UserError: an ``interval`` where a list is needed, one that is none, or a sweep without any value.
     """
     override = _grammar(text)
     if override is None and is_text and "," in text:  # Hydra cannot read it, but its commas are plain enough
         return [part if SIMPLE.fullmatch(part) else quote(part) for part in map(str.strip, text.split(","))]
     if override is None or not override.is_sweep_override():
         return None
-    glob: Any = override.value()
-    if isinstance(glob, Glob):
-        values = glob.filter(list(choices(name, folders)))
+    sweep: Any = override.value()
+    interval = _interval(name, text, sweep) if search else None
+    if interval is not None:
+        return interval
+    if isinstance(sweep, Glob):
+        values = sweep.filter(list(choices(name, folders)))
     elif override.is_discrete_sweep():
         values = [str(value) for value in override.sweep_iterator(transformer=_as_argument)]
     else:
-        raise UserError(f"{name}={text} has no list of values", hint="use a,b,c or range(start,stop,step)")
+        hint = "use a,b,c or range(start,stop,step), or let hydra/sweeper=optuna search it"
+        raise UserError(f"{name}={text} has no list of values", hint=hint)
     if not values:
         offered = ", ".join(choices(name, folders)) or "glob() chooses among recipes, methods, models, data and parts"
         raise UserError(f"{name}={text} names no value", hint=offered)
     return values
+
+
+def _interval(name: str, text: str, sweep: Any) -> Interval | None:
+    """What to search in; None for a list, and a range that is shuffled, falls or is empty."""
+    if isinstance(sweep, RangeSweep):
+        ends: Any = sweep  # whose numbers are optional by type alone
+        count = ceil((ends.stop - ends.start) / ends.step) if not ends.shuffle else 0
+        if count < 1 or ends.step < 0:
+            return None
+        return Interval(ends.start, ends.start + (count - 1) * ends.step, ends.step)
+    if not isinstance(sweep, IntervalSweep):
+        return None
+    low, high, log = sweep.start, sweep.end, "log" in sweep.tags
+    assert low is not None and high is not None
+    if low >= high or (log and low <= 0):
+        hint = "write interval(low,high)" + (", above 0 where it is searched by log" if log else "")
+        raise UserError(f"{name}={text} is no interval", hint=hint)
+    return Interval(low, high, log=log)
 
 
 def _as_argument(element: Any) -> str:

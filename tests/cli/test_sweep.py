@@ -15,24 +15,7 @@ from dora_cli.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A job that writes what it was told, and fails as its seed says.
-JOB = """
-import json, os, sys
-given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
-os.makedirs(given["out"])
-code = {"2": 2, "3": 1}.get(given.get("seed"), 0)
-if code == 0:
-    summary = {"best": {"step": 1, "name": "accuracy", "value": 0.9375}}
-    json.dump(summary, open(given["out"] + "/summary.json", "w"))
-print("job says", given)
-sys.exit(code)
-"""
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweeps, "COMMAND", [sys.executable, "-c", JOB])
+pytestmark = pytest.mark.usefixtures("stand_in")
 
 
 def test_jobs_are_all_combinations_in_order():
