@@ -172,6 +172,10 @@ def settle(model: Any, kind: str, compute: torch.dtype, name: str) -> Quantised:
             hint="set model.quantization=null"
             + (", or a kind of bitsandbytes, which packs GPT-2's layers too" if kind == "ao_int8" else ""),
         )
+    for tensor in (*model.parameters(), *model.buffers()):
+        # What is not packed may lie in the mapped file, which would stay in memory with all that was read of it.
+        if type(tensor) in (nn.Parameter, Tensor) and tensor.device.type == "cpu" and tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
     del model.config.quantization_config  # of what is saved from here on nothing is packed
     return Quantised(kind, str(model.dtype).removeprefix("torch."), modules)
 
