@@ -162,7 +162,7 @@ def _apart(session: Session) -> dict[str, str]:
     )
     if allocation.table.kind == "modules" and allocation.last < len(layers):
         if getattr(allocation.allocator, "killed", "") == "drop":
-            crossing += f"; {allocation.last} of them at the end, on average {allocation.last / len(layers):.0%} of it"
+            crossing += f", {allocation.last} of them at the end"
         else:
             crossing += "; idle ones cross as well (allocator.killed=drop switches them off)"
     return {

@@ -52,7 +52,7 @@ def summarise(session: Session, progress: Progress, peak_rss: int, peak_device: 
             "processes": session.world.size,
             "peak_rss_mib": peak_rss,
             "peak_device_mib": peak_device,
-            **({"traffic": session.traffic.state()} if session.traffic is not None else {}),
+            **({"processes": 2, "traffic": session.traffic.state()} if session.traffic is not None else {}),
         },
         "ranks": rank_map(session),
         "versions": versions(),
