@@ -54,6 +54,7 @@ def page() -> str:
             *methods(),
             *parts(),
             *starts(),
+            *packed_bases(),
             *matrix(),
         ]
     )
@@ -101,6 +102,14 @@ def starts() -> list[str]:
         able = [n for n, part in adapters.items() if hasattr(part, "start") and init.needs <= part.provides]
         lines.append(f"| `{name}` | {_summary(init)} | {', '.join(able)} |")
     return [*lines, ""]
+
+
+def packed_bases() -> list[str]:
+    """Which adapters rest on a base with packed weights, and why the others do not."""
+    why = {name: load(ADAPTERS, name, key="adapter").no_packed_base for name in ADAPTERS}
+    lines = ["## Quantised bases", "", "With `model.quantization=` ([quantised.md](quantised.md)) go the adapters"]
+    lines += [", ".join(f"`{name}`" for name, reason in why.items() if not reason) + ".", "Refused are:", ""]
+    return [*lines, *(f"- `{name}`: {reason}" for name, reason in why.items() if reason), ""]
 
 
 def matrix() -> list[str]:

@@ -248,7 +248,7 @@ def held_tensors(model: nn.Module) -> Iterator[Tensor]:
     modules: Iterator[Any] = model.modules()
     for module in modules:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            yield from _inner(tensor)
+            yield from plain_tensors(tensor)
         if state := getattr(getattr(module, "weight", None), "quant_state", None):
             inner = [state, state.state2] if state.nested else [state]
             yield from (t for s in inner for t in (s.absmax, s.code))
@@ -256,7 +256,8 @@ def held_tensors(model: nn.Module) -> Iterator[Tensor]:
             yield from (t for s in (module.weight, module.state) for t in (s.CB, s.SCB) if t is not None)
 
 
-def _inner(tensor: Tensor) -> Iterator[Tensor]:
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """What a tensor holds: itself, or of one of torchao's its numbers and scales."""
     if not hasattr(tensor, "qdata"):
         yield tensor
         return

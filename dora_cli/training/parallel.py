@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dora_cli.models.quantised import plain_tensors
 from dora_cli.processes import World
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def sample(model: nn.Module) -> str:
     """A digest of the names, shapes and a few numbers of each weight: other weights have another."""
     digest = sha256()
     for name, tensor in model.state_dict().items():
-        flat = tensor.detach().reshape(-1)
-        few = flat[:: max(1, len(flat) // SAMPLED)].double().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + few.numpy().tobytes())
+        for plain in plain_tensors(tensor):
+            flat = plain.detach().reshape(-1)
+            few = flat[:: max(1, len(flat) // SAMPLED)].double().cpu()
+            digest.update(f"{name} {tuple(plain.shape)} ".encode() + few.numpy().tobytes())
     return digest.hexdigest()

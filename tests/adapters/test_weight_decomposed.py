@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dora_cli.adapters.base import dense_weight
 from dora_cli.adapters.inject import inject, parameter_groups
 from dora_cli.adapters.weight_decomposed import WeightDecomposed, WeightDecomposedLayer
 from dora_cli.allocation.table import UnitTable
@@ -35,7 +36,7 @@ def shaken(base: nn.Module, rank: int = 4, double: bool = False, **options: Any)
     layer = WeightDecomposed(**options).layer(base, rank)
     if double:
         layer.double()
-        layer.squares = layer.dense_weight().square().sum(1)
+        layer.squares = dense_weight(base).square().sum(1)
     with torch.no_grad():
         for parameter in layer.adapter_parameters().values():
             parameter.add_(torch.randn(parameter.shape, generator=g).to(parameter) * 0.3)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from dora_cli.config.schema import ModelConfig
 from dora_cli.errors import UserError
 from dora_cli.models.load import load_model
 
 
 def load(name: str, **options: Any) -> Any:
-    choice = SimpleNamespace(name=name, revision=None, trust_remote_code=False, add_tokens=[])
-    return load_model(choice, auto_class="AutoModelForCausalLM", **options)
+    return load_model(ModelConfig(name), auto_class="AutoModelForCausalLM", **options)
 
 
 @pytest.mark.parametrize("status", [401, 403])

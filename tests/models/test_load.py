@@ -4,11 +4,11 @@ import json
 import shutil
 import socket
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dora_cli.config.schema import ModelConfig
 from dora_cli.errors import UserError
 from dora_cli.models.load import load_model, position_limit
 from dora_cli.models.names import resolve_name
@@ -17,9 +17,7 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 
 
 def choice(name, **options):
-    return SimpleNamespace(
-        **{"name": str(name), "revision": None, "trust_remote_code": False, "add_tokens": [], **options}
-    )
+    return ModelConfig(str(name), **options)
 
 
 def load(name, auto_class=CLASSIFIER, offline=True, **options):
