@@ -17,7 +17,8 @@ def test_a_gradient_that_is_no_number_revives_nobody(stack: Any) -> None:
     allocator.attach(table)
     allocator.states[:] = IDLE
     allocator.probing = True
-    for layer, value in zip(layers.values(), (0.0, torch.nan, 1.0, torch.inf), strict=True):
-        layer.b.grad = torch.full_like(layer.b, value)
+    for layer, value in zip(layers.values(), (None, torch.nan, 1.0, torch.inf), strict=True):
+        layer.base_layer.to("meta")  # as where the base is in another process
+        layer.b.grad = None if value is None else torch.full_like(layer.b, value)
     allocator.after_backward(table, 9, CubicEarly().window(20))
     assert allocator._next(torch.arange(4), 1).tolist() == [2]

@@ -22,6 +22,7 @@ COMMON = [f"train.max_steps={STEPS}", f"train.accumulation={ACCUMULATION}", "tra
 COMMON += [f"train.eval_every={STEPS}", "train.learning_rate=0.02", "adapter.dropout=0.1", "budget=r2"]
 KILL_AND_REVIVE = ["method=dlora", "allocator.killed=drop", "allocator.interval=2", "allocator.active=0.25"]
 KILL_AND_REVIVE += ["allocator.probation=2"]
+FREEZE = ["allocator.killed=freeze", *(word for word in KILL_AND_REVIVE if "killed" not in word)]
 APART = "train.base=apart"
 
 
@@ -82,7 +83,9 @@ def order(name: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "method", [KILL_AND_REVIVE, pytest.param(["method=lora"], marks=pytest.mark.slow)], ids=["kill_and_revive", "lora"]
+    "method",
+    [KILL_AND_REVIVE, *(pytest.param(words, marks=pytest.mark.slow) for words in (["method=lora"], FREEZE))],
+    ids=["kill_and_revive", "lora", "freeze"],
 )
 def test_losses_are_those_of_one_process_and_bytes_those_of_the_formula(
     method: list[str],
@@ -125,11 +128,12 @@ def test_losses_are_those_of_one_process_and_bytes_those_of_the_formula(
     idle: set[str] = set()
     forward = backward = unneeded = 0
     for step in range(1, STEPS + 1):
-        on = [name for name in names if name not in idle]
-        first = min(map(order, on))
+        on = names if method is FREEZE else [name for name in names if name not in idle]
+        first = min(order(name) for name in names if name not in idle)
         forward += sum(sum(shape(name)) for name in on)
-        # Of the first that are on nobody asks for the gradient of what they read.
-        unneeded += sum(shape(name)[0] for name in on if order(name) == first)
+        # Up to the first that train nobody asks for the gradient of what a module reads.
+        unneeded += sum(shape(name)[0] for name in on if order(name) <= first)
+        unneeded += sum(shape(name)[1] for name in on if order(name) <= first and name in idle)
         backward += sum(sum(shape(name)) for name in on)
         idle = events.get(step, idle)
         if step in events and method is KILL_AND_REVIVE:
@@ -143,7 +147,7 @@ def test_losses_are_those_of_one_process_and_bytes_those_of_the_formula(
     passes = STEPS * ACCUMULATION
     assert traffic["training"]["hidden"] == passes * 2 * 4 * BATCH * WIDTH  # the pooled first token, and its gradient
     assert traffic["training"]["inputs"] == passes * 2 * 8 * TOKENS  # ids and mask
-    at_the_end = sum(sum(shape(name)) for name in names if name not in idle)
+    at_the_end = sum(sum(shape(name)) for name in names if method is FREEZE or name not in idle)
     assert traffic["evaluation"]["adapters_forward"] == 4 * 32 * LENGTH * at_the_end
     assert records(two, "train")[-1]["traffic"] == sum(traffic["training"].values())
     if method is KILL_AND_REVIVE:

@@ -188,5 +188,5 @@ def _gradient_size(layer: AdapterLayer) -> Tensor:
         moving = held = list(layer.adapter_parameters().values())
     gradients = [p.grad.flatten() for p in moving if p.grad is not None]
     if not gradients:
-        return torch.zeros((), device=layer.weight.device)
+        return torch.zeros((), device=held[0].device)  # the base may be elsewhere
     return torch.cat(gradients).norm() * torch.cat([p.detach().flatten() for p in held]).norm()
