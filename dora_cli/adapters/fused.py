@@ -40,7 +40,8 @@ def can_fuse(base: nn.Module, x: Tensor, a: Tensor) -> bool:
     if kind is not nn.Linear and not (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")):
         return False
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # without nn.Module's slow lookup
-    if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+    plain = type(weight) is nn.Parameter or _is_fake(weight)
+    if not plain or weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return False
@@ -49,6 +50,13 @@ def can_fuse(base: nn.Module, x: Tensor, a: Tensor) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         return weight.is_floating_point()
     return x.dtype == weight.dtype == a.dtype
+
+
+def _is_fake(weight: Tensor | None) -> bool:
+    """Whether it stands for a parameter in a plan; such a one has no type of its own."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(weight, FakeTensor)
 
 
 class LowRankLinear(NamedTuple):

@@ -21,6 +21,7 @@ from dora_cli.models.quantised import (
     settle,
     stored_package,
 )
+from dora_cli.models.skeleton import can_hold, outside_base, skeleton
 
 # What transformers raises about weights that it can't find or read; anything else there is a fault of the code.
 FILE_ERRORS = (OSError, ValueError, ImportError, LookupError)
@@ -49,6 +50,7 @@ class LoadedModel:
         source: what the weights were read from: an absolute folder, or the hub name.
         new_tokens: what ``model.add_tokens`` came to; null without it.
         quantised: which weights are packed, by ``model.quantization`` or in the folder; null where none is.
+        hollow: whether the model has shapes but no numbers (it is on the meta device).
     """
 
     model: Any
@@ -58,6 +60,7 @@ class LoadedModel:
     source: str
     new_tokens: NewTokens | None = None
     quantised: Quantised | None = None
+    hollow: bool = False
 
 
 def load_model(
@@ -69,6 +72,7 @@ def load_model(
     max_target_length: int | None = None,
     as_stored: bool = False,
     device: torch.device | str = "cpu",
+    for_plan: bool = False,
     **model_kwargs: Any,
 ) -> LoadedModel:
     """Load a model for a task, in float32 or as it is stored, with its tokenizer.
@@ -84,6 +88,8 @@ def load_model(
         max_target_length: the longest text that a decoder will be given, likewise; ``None``: no longer than that.
         as_stored: keep the type in which the weights are stored: half the memory for a base that is frozen anyway.
         device: where a base is packed, and stays; one that is not is loaded on the CPU.
+        for_plan: nothing will be computed: weights that are not here, or larger than this machine's memory, are not
+            read, and the model is ``hollow``; its ``missing`` are then all parameters outside the base model.
         model_kwargs: what the task adds to the model's configuration, e.g. ``num_labels``.
 
     Raises:
@@ -95,7 +101,8 @@ def load_model(
         require_package(config.quantization)
     import transformers
 
-    source = resolve_name(config.name)
+    source = resolve_name(config.name, weights=not for_plan)
+    hollow = for_plan and not can_hold(source, config.revision)
     shared = {
         "revision": config.revision or "main",
         "trust_remote_code": config.trust_remote_code,
@@ -110,24 +117,28 @@ def load_model(
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
             kind, compute = _packing(config, settings), torch.bfloat16 if as_stored else torch.float32
             trusted = config.trust_remote_code
-            packing = (
-                loading_options(kind, auto, settings, compute, str(device), trust_remote_code=trusted) if kind else {}
-            )
+            packing = {}
+            if kind and not hollow:
+                packing = loading_options(kind, auto, settings, compute, str(device), trust_remote_code=trusted)
         # Packed weights that do not fit are met by whatever can't be done with them.
         kinds = (*FILE_ERRORS, RuntimeError) if kind == STORED else FILE_ERRORS
         with _failures_named(config.name, source, offline, kinds):
-            model, report = auto.from_pretrained(
-                source,
-                config=settings,
-                dtype="auto" if as_stored else torch.float32,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **packing,
-                **shared,
-            )
-            quantised = settle(model, kind, compute, config.name) if kind else None
-    absent = set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]}
+            if hollow:
+                model = skeleton(auto, settings, as_stored, config.trust_remote_code)
+                absent, quantised = outside_base(model), None
+            else:
+                model, report = auto.from_pretrained(
+                    source,
+                    config=settings,
+                    dtype="auto" if as_stored else torch.float32,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **packing,
+                    **shared,
+                )
+                absent = set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]}
+                quantised = settle(model, kind, compute, config.name) if kind else None
     missing = [name for name, _ in model.named_parameters() if name in absent]
     _refuse_unfit(model, missing, config.name)
     _fit_tokenizer(model, tokenizer, config.name)
@@ -140,7 +151,7 @@ def load_model(
                 f"{key}={length} is more than the {window} positions of {config.name}",
                 hint=f"set {key} to {window} or less",
             )
-    return LoadedModel(model.eval(), tokenizer, missing, find_heads(model, missing), source, new, quantised)
+    return LoadedModel(model.eval(), tokenizer, missing, find_heads(model, missing), source, new, quantised, hollow)
 
 
 def _packing(config: ModelChoice, settings: Any) -> str | None:
@@ -163,10 +174,7 @@ def find_heads(model: Any, missing: list[str]) -> list[str]:
     modules without any other parameter, e.g. ``classifier`` of RoBERTa, ``score`` of GPT-2, ``bert.pooler`` where a
     checkpoint has no pooler.
     """
-    trained = set(missing)
-    if model.get_output_embeddings() is None:
-        base = {id(p) for p in model.base_model.parameters()}
-        trained |= {name for name, p in model.named_parameters() if id(p) not in base}
+    trained = set(missing) | outside_base(model)
     heads: list[str] = []
     for name, module in model.named_modules():
         parameters = {f"{name}.{p}" for p, _ in module.named_parameters()}

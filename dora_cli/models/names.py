@@ -11,12 +11,13 @@ PACKAGE = "package://"
 PLACES = "model.name takes a hub name, a local folder, or package://NAME/SUBFOLDER"
 
 
-def resolve_name(name: str) -> str:
+def resolve_name(name: str, *, weights: bool = True) -> str:
     """The hub name, or the absolute folder that ``name`` means, checked to hold a model with safetensors weights.
 
     Args:
         name: a local folder, ``package://NAME/SUBFOLDER`` (found without importing the package), or a hub name. What
             exists as a folder is that folder.
+        weights: whether a folder has to hold any; where it holds some, they are looked at all the same.
 
     Raises:
         UserError: no such folder or package; a folder without ``config.json`` or without safetensors weights.
@@ -24,10 +25,10 @@ def resolve_name(name: str) -> str:
     if not name.strip():
         raise UserError("model.name is empty", hint=PLACES)
     if name.startswith(PACKAGE):
-        return str(_checked_folder(_package_folder(name), name))
+        return str(_checked_folder(_package_folder(name), name, weights))
     folder = Path(expanduser(name))
     if folder.is_dir():
-        return str(_checked_folder(folder.resolve(), name))
+        return str(_checked_folder(folder.resolve(), name, weights))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model.name={name}: no such folder", where=f"looked for {folder.absolute()}", hint=PLACES)
     return name
@@ -56,7 +57,7 @@ def _package_folder(name: str) -> Path:
     )
 
 
-def _checked_folder(folder: Path, name: str) -> Path:
+def _checked_folder(folder: Path, name: str, weights: bool) -> Path:
     if not (folder / "config.json").is_file():
         hint = PLACES
         if (folder / "adapter_config.json").is_file():
@@ -73,6 +74,8 @@ def _checked_folder(folder: Path, name: str) -> Path:
         _check_index(index, name)
         return folder
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if not weights and not pickled:
+        return folder
     only = f", only pickled ones ({', '.join(pickled[:3])}), which can run code when read" if pickled else ""
     raise UserError(
         f"model.name={name}: the folder has no safetensors weights{only}",

@@ -110,7 +110,7 @@ def loading_options(
     with torch.device("meta"):
         skeleton = auto.from_config(settings, trust_remote_code=trust_remote_code)
     # As patterns that match nothing but this name; torchao is asked about parameters.
-    skipped = [rf"^{re.escape(name)}(\.weight)?$" for name in _not_packed(skeleton)]
+    skipped = [rf"^{re.escape(name)}(\.weight)?$" for name in not_packed(skeleton)]
     if kind == "ao_int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -128,7 +128,7 @@ def loading_options(
     return {**options, "quantization_config": chosen}
 
 
-def _not_packed(model: Any) -> list[str]:
+def not_packed(model: Any) -> list[str]:
     """The linear layers that stay as they are: outside the transformer layers, in a head, or with a single output."""
     base = {id(module) for module in model.base_model.modules()}
     layers = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and id(m) in base)
@@ -267,7 +267,7 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 def held_bytes(model: nn.Module) -> int:
     """Of all that a model holds, each storage once."""
-    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in held_tensors(model))}
+    storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in held_tensors(model))}
     return sum(storages.values())
 
 

@@ -51,11 +51,16 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] | None, exclude:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer layers, in model order: what the outermost lists of modules hold."""
-    found: list[nn.Module] = []
+    return [block for layers in outermost_lists(model) for block in layers]
+
+
+def outermost_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of modules that stand in no other list, in model order."""
+    found: list[nn.ModuleList] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not name.startswith(inside or ("\0",)):
-            found += list(module)
+            found.append(module)
             inside += (f"{name}.",)
     return found
 

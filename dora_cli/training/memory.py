@@ -16,7 +16,8 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dora_cli.adapters.siblings import join
 from dora_cli.models.quantised import held_tensors
+from dora_cli.models.skeleton import saved_by_packing
+from dora_cli.models.targets import outermost_lists
 from dora_cli.modes import autocast, evaluating, same_random_numbers
 from dora_cli.training.optim import build_optimizer
-from dora_cli.training.setup import Batch, Session
+from dora_cli.training.setup import Batch, Session, checkpoint_activations
 from dora_cli.training.summary import MIB, kernel_count, peak_rss_mib
 
 STEPS = 2  # the second one has the moments of the first, and the heap it left
 # What the process takes when it first trains, evaluates and saves: kernels, their scratch space, metrics, writers.
 # Measured with MALLOC_MMAP_THRESHOLD_=131072, which leaves no gaps in the heap.
 FIRST_USE = 32 * MIB
+DEEP = 8  # transformer layers, more of which are not followed one by one where nothing else needs the model
 LOOKS = 64  # the heap, which counts for a while, is asked whenever the tensors' bytes moved by this part of their peak
 
 
@@ -57,6 +62,7 @@ class MemoryEstimate:
         gaps: what the C library's heap holds beyond the tensors in it; 0 on other devices.
         rows, tokens: of the batch at the peak.
         moment: what the run does then: ``training`` or ``evaluation``.
+        step, evaluation: what ``activations`` come to in either; 0 where an evaluation can't need more than a step.
     """
 
     device: str
@@ -68,6 +74,8 @@ class MemoryEstimate:
     rows: int
     tokens: int
     moment: str
+    step: int = 0
+    evaluation: int = 0
 
     @property
     def total(self) -> int:
@@ -84,55 +92,114 @@ class MemoryEstimate:
         return f"{self.total / 2**30:.2f} GiB at the peak{where}, in {self.moment}: " + ", ".join(parts)
 
 
-def estimate(session: Session) -> MemoryEstimate:
+def estimate(session: Session, *, checkpointing: bool = False) -> MemoryEstimate:
     """The peak of a run before it starts, at the rank it starts with; the session is left as it was.
 
     Compiled code is taken to need what the plain one does.
+
+    Args:
+        session: what would run.
+        checkpointing: as if ``train.gradient_checkpointing`` were set.
 
     Raises:
         NoEstimate: the model does something that can't be followed without data.
     """
     on_cpu = session.device.type == "cpu"
     weights = list(held_tensors(session.model))
-    resident = resident_bytes() + unread_bytes(weights) if on_cpu else 0
+    whole = _bytes(weights)
+    resident = resident_bytes() + (whole if session.hollow else unread_bytes(weights)) if on_cpu else 0
     peak_before = peak_rss_mib() * MIB if on_cpu else 0
-    live = _Live(session.device)
     train, evaluation = _largest(session, ["train"]), _largest(session, [r for r in session.encoded if r != "train"])
     try:
-        twin = _twin(session.model)  # before tensors are fake: importances that watch layers are copied along
-        with _untouched(session.model), _fake_tensors() as fake, live:
-            # Counted apart. Layers read them as they are, since some ask for their exact type, and get these instead.
-            live.leave_out([fake.from_tensor(t) for t in weights])
-            optimizer = _train(session, twin, train)
-            in_training = live.peak
-            if evaluation["input_ids"].numel() > train["input_ids"].numel():  # without a graph less is never more
-                _evaluate(session, twin, evaluation)
-            moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
-            del twin, optimizer
+        depth = _depth(session.model) if session.hollow else 0
+        if depth <= DEEP:
+            peaks = _followed(session, train, evaluation, checkpointing)
+        else:  # layers are alike: what two and two more of them take is enough to know, and 80 would take minutes
+            few, more = (_followed(session, train, evaluation, checkpointing, n) for n in (2, 4))
+            peaks = few.extended(more, (depth - 2) / 2)
     # A dry run says what it can, whatever a model's own code raises here.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:120]
         raise NoEstimate(f"{type(error).__name__}: {reason}".rstrip(": ")) from error
 
     trained = session.trained_parameters().values()
-    whole, own = _bytes(weights), _bytes(trained)
-    kept = min(moments + _bytes(p for p in trained if p.requires_grad), live.peak)
-    moment, batch = ("evaluation", evaluation) if live.peak > in_training else ("training", train)
-    beyond = live.heap_growth - live.peak if live.heap_growth and on_cpu else 0
+    own = _bytes(trained)
+    peak = max(peaks.training, peaks.evaluation)
+    kept = min(peaks.moments + _bytes(p for p in trained if p.requires_grad), peak)
+    moment, batch = ("evaluation", evaluation) if peaks.evaluation > peaks.training else ("training", train)
+    # A heap asked for more than there is says nothing of what a machine with enough of it would do.
+    beyond = peaks.heap - peak if peaks.heap and on_cpu and not session.hollow else 0
     # The heap's free memory is used first. What was needed up to here, say to load the weights, is the least.
-    process = max(resident + FIRST_USE + min(beyond, 0), peak_before - live.peak - max(beyond, 0)) - whole
+    process = max(resident + FIRST_USE + min(beyond, 0), peak_before - peak - max(beyond, 0)) - whole
     rows, tokens = batch["input_ids"].shape
+    saved = saved_by_packing(session.model, session.config.model.quantization if session.hollow else None)
     return MemoryEstimate(
         device=str(session.device),
         process=max(process, 0) if on_cpu else 0,
-        base=whole - own,
+        base=whole - own - sum(saved.values()),
         trained=own + kept,
-        activations=live.peak - kept,
+        activations=peak - kept,
         gaps=max(beyond, 0),
         rows=rows,
         tokens=tokens,
         moment=moment,
+        step=max(peaks.training - kept, 0),
+        evaluation=max(peaks.evaluation - kept, 0),
     )
+
+
+@dataclass(frozen=True)
+class _Peaks:
+    """Bytes beside the weights: at the peak of a step and of an evaluation, of the optimizer, and of the heap."""
+
+    training: int
+    evaluation: int
+    moments: int
+    heap: int
+
+    def extended(self, more: "_Peaks", times: float) -> "_Peaks":
+        """These, and ``times`` the difference that ``more`` makes."""
+        pairs = zip(astuple(self), astuple(more), strict=True)
+        return _Peaks(*(max(0, round(a + (b - a) * times)) for a, b in pairs))
+
+
+def _followed(
+    session: Session, train: Batch, evaluation: Batch, checkpointing: bool, depth: int | None = None
+) -> _Peaks:
+    """Take the steps; of a hollow model perhaps with the first ``depth`` transformer layers alone."""
+    live, fake = _Live(session.device), _fake_tensors()
+    # Before tensors are fake: importances that watch layers are copied along.
+    twin = _twin(session, fake)
+    if depth is not None:
+        for blocks in outermost_lists(twin):
+            del blocks[depth:]
+    if checkpointing:
+        checkpoint_activations(twin)
+    modules = dict(twin.named_modules())
+    layers: dict[str, Any] = {name: modules[name] for name in session.layers if name in modules}
+    weights = list(held_tensors(twin))
+    with _untouched(session.model), fake, live:
+        # Counted apart. Layers read them as they are, since some ask for their exact type, and get these instead.
+        live.leave_out(weights if session.hollow else [fake.from_tensor(t) for t in weights])
+        if session.hollow and not session.config.train.compile:  # then set-up could not find out
+            twin.train()
+            join(layers, partial(_forward, session, twin, {k: v[:1] for k, v in train.items()}))
+            live.peak = live.now
+        optimizer = _train(session, twin, layers, train)
+        in_training, in_evaluation, live.peak = live.peak, 0, live.now
+        if evaluation["input_ids"].numel() > train["input_ids"].numel():  # without a graph less is never more
+            with evaluating(twin):
+                _forward(session, twin, evaluation)
+            in_evaluation = live.peak
+        moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+        del twin, optimizer
+    return _Peaks(in_training, in_evaluation, moments, live.heap_growth)
+
+
+def _depth(model: nn.Module) -> int:
+    """How many transformer layers there are; 0 where they stand in lists of several lengths."""
+    lengths = {len(layers) for layers in outermost_lists(model)}
+    return lengths.pop() if len(lengths) == 1 else 0
 
 
 def resident_bytes() -> int:
@@ -172,10 +239,9 @@ def _largest(session: Session, roles: list[str]) -> Batch:
     return largest
 
 
-def _train(session: Session, model: nn.Module, batch: Batch) -> torch.optim.Optimizer:
+def _train(session: Session, model: nn.Module, layers: dict[str, Any], batch: Batch) -> torch.optim.Optimizer:
     """Steps as the loop takes them, holding on to what it holds on to."""
     config = session.config.train
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in session.layers}
     optimizer = build_optimizer(model, layers, session.head_modules, config)
     count = session.task.count(batch)
     model.train()
@@ -192,8 +258,8 @@ def _train(session: Session, model: nn.Module, batch: Batch) -> torch.optim.Opti
     return optimizer
 
 
-def _evaluate(session: Session, model: nn.Module, batch: Batch) -> None:
-    with evaluating(model), torch.no_grad(), autocast(session.device, session.autocast_dtype):
+def _forward(session: Session, model: nn.Module, batch: Batch) -> None:
+    with torch.no_grad(), autocast(session.device, session.autocast_dtype):
         session.task.loss(model, _moved(session, batch))
 
 
@@ -202,10 +268,18 @@ def _moved(session: Session, batch: Batch) -> Batch:
     return {name: torch.empty(t.shape, dtype=t.dtype, device=session.device) for name, t in batch.items()}
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """The same modules over the very same parameters: what modules keep on the way stays out of the real ones."""
-    shared = [*model.parameters(), *model.buffers(), *held_tensors(model)]
-    return copy.deepcopy(model, memo={id(t): t for t in shared})
+def _twin(session: Session, fake: Any) -> nn.Module:
+    """The same modules over the very same parameters: what modules keep on the way stays out of the real ones.
+
+    A hollow model gets fake parameters on the device where real ones would be.
+    """
+    memo: dict[int, Tensor] = {}
+    with fake:
+        for t in [*session.model.parameters(), *session.model.buffers(), *held_tensors(session.model)]:
+            memo[id(t)] = torch.empty_like(t, device=session.device) if session.hollow else t
+            if session.hollow and isinstance(t, nn.Parameter):
+                memo[id(t)] = nn.Parameter(memo[id(t)], t.requires_grad)
+    return copy.deepcopy(session.model, memo=memo)
 
 
 @contextmanager
@@ -229,7 +303,7 @@ def _fake_tensors() -> Any:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of their storages, each counted once."""
-    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 class _Live(TorchDispatchMode):

@@ -10,6 +10,7 @@ from dora_cli.data.encoded import Encoded
 from dora_cli.data.sources import buffer_size
 from dora_cli.models.quantised import held_bytes, weight_count
 from dora_cli.training.examples import examples
+from dora_cli.training.fits import fits, fits_alone, frozen_base
 from dora_cli.training.memory import NoEstimate, estimate
 from dora_cli.training.optim import warmup_steps
 from dora_cli.training.setup import Session
@@ -34,7 +35,7 @@ def describe(session: Session, out: str) -> Sections:
     if session.config.train.base == "apart":
         sections["apart"] = _apart(session)
     elif session.config.dry_run:
-        sections["training"]["memory"] = _memory(session)
+        sections |= _memory(session)
     if session.config.dry_run:
         sections["examples"] = examples(session)
     notes = _notes(session)
@@ -171,15 +172,28 @@ def _apart(session: Session) -> dict[str, str]:
     }
 
 
-def _memory(session: Session) -> str:
+def _memory(session: Session) -> dict[str, dict[str, str]]:
+    """What this device needs, and what others would: on how many of which size the run fits."""
+    config = session.config
     try:
-        return estimate(session).sentence()
+        found = estimate(session)
+        base, train = frozen_base(session.model, config.model.quantization if session.hollow else None), config.train
+        frugal = None
+        if not train.gradient_checkpointing and not fits_alone(found, base):
+            frugal = estimate(session, checkpointing=True)
+        lines = {"here": found.sentence()} | fits(found, base, train.batch_size, frugal)
     except NoEstimate as error:
-        return f"no estimate can be given ({error})"
+        return {"memory": {"here": f"no estimate can be given ({error})"}}
+    return {"memory": lines}
 
 
 def _notes(session: Session) -> list[str]:
     notes = [*session.rows.notes, *session.notes]
+    if session.hollow:
+        notes.append(
+            "the weights are not here, or larger than this machine's memory: planned from their shapes, taking them to "
+            "hold all but the task's head; a start that looks at data or weights may choose other ranks"
+        )
     first = " (the first that are streamed)" if session.stream is not None else ""
     for role, rows in session.encoded.items():
         notes += [f"{role}{first if role == 'train' else ''}: {note}" for note in rows.notes]

@@ -96,6 +96,7 @@ class Session:
     world: World
     sharded: bool  # whether each process holds a part of the frozen base
     own_random: OwnRandom | None  # of the forward pass; None for one process alone
+    hollow: bool  # whether the base has shapes but no numbers: good for a plan alone
     origin: str  # a digest of the weights before training, where several processes have to agree
     traffic: Traffic | None = None  # with the process that has the base, where that is apart
     forward: nn.Module = field(init=False)  # the model, or its compiled form
@@ -217,6 +218,7 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
         max_target_length=config.data.max_target_length,
         as_stored=dtype is not None,
         device=device,
+        for_plan=config.dry_run,
         **task.model_kwargs(),
     )
     model = loaded.model
@@ -242,13 +244,16 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
     token_rows = _token_rows(model, loaded.new_tokens, targets)
     if dtype is not None:
         lower(model, dtype)
-    sharded = is_sharded(config.train.shard, model, world, device)
+    sharded = not loaded.hollow and is_sharded(config.train.shard, model, world, device)
     place = torch.device("cpu") if sharded else device  # until it is split, no device need hold all of it
-    model.to(place)
-    if config.data.packing:
+    if not loaded.hollow:
+        model.to(place)
+    if config.data.packing and loaded.hollow:
+        encoded["train"] = pack(encoded["train"], config.data.max_length)
+    elif config.data.packing:
         encoded["train"] = keeping_apart(model, task, encoded["train"], config.data.max_length, place, dtype)
     plan = LengthGroupedBatches(encoded["train"].lengths, config.train.batch_size, config.seed)
-    start = getattr(parts["adapter"], "start", lambda: None)()
+    start = getattr(parts["adapter"], "start", lambda: None)() if not loaded.hollow else None
     asked = dict(zip(targets, ranks, strict=True))
     if start is not None and start.looks:
         by_cost = target is not None and target.by_cost and parts["allocator"].mode not in ("shrink", "grow")
@@ -264,8 +269,8 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
     if begin is not None:
         begin(layers, model)
     if config.train.gradient_checkpointing:
-        _checkpoint_activations(model)
-    origin = "" if world.alone else sample(model)
+        checkpoint_activations(model)
+    origin = "" if world.alone or loaded.hollow else sample(model)
     if sharded:
         shard(model, device)
 
@@ -318,8 +323,9 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
         sharded=sharded,
         own_random=None if world.alone else OwnRandom(device, world.seed(config.seed)),
         origin=origin,
+        hollow=loaded.hollow,
     )
-    if not sharded:
+    if not sharded and not loaded.hollow:
         join_siblings(session)
     return session
 
@@ -353,7 +359,7 @@ def _token_rows(model: nn.Module, new: NewTokens | None, targets: Sequence[str])
     return train_rows(model, new.embedding, new.output, new.ids)
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward pass; transformers renamed the switch in 5.23."""
     model.config.use_cache = False  # BART's encoder asks the configuration alone, and would say that this can't be
     new = getattr(model, "activation_checkpointing_enable", None)

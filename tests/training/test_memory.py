@@ -82,11 +82,13 @@ def test_a_step_that_computes_nothing_holds_the_bytes_of_one_that_does(options: 
 
 
 def test_gradient_checkpointing_is_seen_to_need_less(built: Built) -> None:
-    plain = estimate(built("budget=r4", "train.batch_size=64", "train.eval_batch_size=1"))
+    session = built("budget=r4", "train.batch_size=64", "train.eval_batch_size=1")
+    plain = estimate(session)
     frugal = estimate(
         built("budget=r4", "train.batch_size=64", "train.eval_batch_size=1", "train.gradient_checkpointing=true")
     )
     assert frugal.activations < 0.8 * plain.activations
+    assert estimate(session, checkpointing=True).activations == frugal.activations
 
 
 def test_trained_parameters_count_four_times_and_frozen_ones_once(built: Built) -> None:
@@ -143,7 +145,7 @@ def test_what_cannot_be_followed_is_said_in_one_line_and_leaves_no_gradients(
         estimate(session)
     assert all(p.grad is None for p in session.model.parameters())
     calls.clear()
-    assert describe(session, "out")["training"]["memory"].startswith("no estimate can be given (RuntimeError: a kernel")
+    assert describe(session, "out")["memory"]["here"].startswith("no estimate can be given (RuntimeError: a kernel")
 
 
 def test_a_model_that_asks_for_values_is_followed(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,9 +162,10 @@ def test_a_model_that_asks_for_values_is_followed(built: Built, monkeypatch: pyt
 
 
 def test_the_dry_run_shows_it_and_a_run_does_not_wait_for_it(built: Built) -> None:
-    shown = describe(built("budget=r4", "dry_run=true"), "out")["training"]["memory"]
-    assert "GiB at the peak, in training" in shown and "(8 × " in shown
-    assert "memory" not in describe(built("budget=r4"), "out")["training"]
+    shown = describe(built("budget=r4", "dry_run=true"), "out")["memory"]
+    assert "GiB at the peak, in training" in shown["here"] and "(8 × " in shown["here"]
+    assert shown["24 GB"] == "1 device (0.0 GiB each)"
+    assert "memory" not in describe(built("budget=r4"), "out")
 
 
 def test_the_parts_add_up_and_a_device_shows_no_process() -> None:
