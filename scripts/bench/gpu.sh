@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What is measured on a GPU: steps of three bases, interleaved with PEFT's, JSON into the folder given (default: .).
+# What is measured on a GPU, JSON into the folder given (default: .): steps of three bases, interleaved with PEFT's, and
+# of a packed base of 8B.
 #     bash scripts/bench/gpu.sh [FOLDER]
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -19,3 +20,8 @@ step gpu-llama-1b-compiled $llama --batch 16 --compile --rounds 7 --variants flo
 roberta="--model roberta-base --batch 32 --length 128 $bf16 --dropout 0.1"
 step gpu-roberta-base $roberta --rounds 25 --variants $few --memory
 step gpu-roberta-base-compiled $roberta --compile --rounds 25 --variants floor peft_lora dora
+# A decoder of 8B whose base is packed (pip install 'dora-cli[bitsandbytes]').
+for kind in bnb_nf4 bnb_int8; do
+    echo "== gpu-llama-8b-$kind: quantised.py --kind $kind"
+    python3 "$here/quantised.py" --device cuda --kind $kind $bf16 --checkpointing --json "$out/gpu-llama-8b-$kind.json"
+done
