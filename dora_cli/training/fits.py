@@ -9,6 +9,7 @@ from math import ceil
 
 from torch import nn
 
+from dora_cli.adapters.base import is_packed
 from dora_cli.models.quantised import held_bytes
 from dora_cli.models.skeleton import saved_by_packing
 from dora_cli.models.targets import blocks
@@ -23,11 +24,13 @@ GB = 2**30
 
 @dataclass(frozen=True)
 class Base:
-    """Bytes of the frozen parameters: in all, of the largest transformer layer, and outside the layers."""
+    """Bytes of the frozen parameters: in all, of the largest transformer layer, and outside the layers; and whether
+    they can be sharded, as packed ones cannot."""
 
     whole: int
     layer: int
     outside: int
+    splits: bool = True
 
 
 def frozen_base(model: nn.Module, quantization: str | None = None) -> Base:
@@ -44,7 +47,8 @@ def frozen_base(model: nn.Module, quantization: str | None = None) -> Base:
         return held_bytes(module) - trained - sum(saved.get(id(p), 0) for p in module.parameters())
 
     layers, whole = [frozen(block) for block in blocks(model)], frozen(model)
-    return Base(whole, max(layers, default=0), whole - sum(layers))
+    packed = quantization is not None or any(is_packed(module) for module in model.modules())
+    return Base(whole, max(layers, default=0), whole - sum(layers), splits=not packed)
 
 
 def need(estimate: MemoryEstimate, base: Base, batch_size: int, devices: int, *, sharded: bool) -> int:
@@ -85,7 +89,7 @@ def _ways(estimate: MemoryEstimate, base: Base, batch_size: int, size: int) -> s
     """The fewest devices, and fewer of them where the base is sharded; empty where there is no way."""
     texts: list[str] = []
     fewest = DEVICES[-1] + 1
-    for sharded in (False, True):
+    for sharded in (False, True) if base.splits else (False,):
         for n in DEVICES[sharded:]:
             each = need(estimate, base, batch_size, n, sharded=sharded)
             if n < fewest and n <= batch_size and each <= USABLE * size * GB:
