@@ -176,8 +176,8 @@ ALONE = World()
 
 def environment() -> World:
     """This process as torchrun has named it in the environment; alone where it has not."""
-    named = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if not all(value.isdecimal() for value in named.values()):
+    named = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}  # some set no local one
+    if not all(value.isdecimal() for value in named.values()) or int(named["WORLD_SIZE"]) < 2:
         return ALONE
     return World(int(named["RANK"]), int(named["WORLD_SIZE"]), int(named["LOCAL_RANK"]))
 

@@ -58,7 +58,7 @@ def _check(composed: Composed, world: World) -> None:
             raise UserError(f"{key} does not go with train.base=apart: {reason}", hint="leave one of the two out")
 
 
-def _check_session(session: Session) -> Seam:
+def _check_session(session: Session) -> Seam | None:
     """Refuse what is known when everything is built.
 
     Raises:
@@ -77,7 +77,9 @@ def _device(composed: Composed) -> int:
     link = Link(CLOUD, pick_device(composed.config.train.device))
 
     def send(session: Session) -> None:
-        send_away(session, link, _check_session(session))
+        seam = _check_session(session)
+        assert seam is not None  # what has no numbers is planned, never trained
+        send_away(session, link, seam)
 
     code = 1
     try:

@@ -228,7 +228,7 @@ class Remote:
     def __call__(self) -> int:
         words = self.command.words
         if self.again or "SLURM_RESTART_COUNT" in os.environ:
-            words = [*words, "resume=true"]
+            words = [*words, "resume=true", "overwrite=false"]
         # A caught signal is back to its default in the child, an ignored one would stay ignored.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: threading.Timer(TOGETHER, _end_child).start())

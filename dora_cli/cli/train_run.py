@@ -127,7 +127,7 @@ def _ready(composed: Composed, checkpoint: Path | None, world: World) -> Session
     with world.together():
         session = _build(composed, checkpoint, world)
     agree(session)
-    if session.sharded:
+    if session.sharded and not composed.config.dry_run:
         join_siblings(session)
     return session
 

@@ -56,7 +56,8 @@ def add_tokens(model: Any, tokenizer: Any, words: Sequence[str], name: str) -> N
     tokenizer.add_tokens([word for word in words if word not in known], special_tokens=True)
     ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(words))]
     if len(tokenizer) > source.weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
+        # Without numbers there is no mean to start from.
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=not source.weight.is_meta)
     names = {id(module): full for full, module in model.named_modules()}
     source, output = model.get_input_embeddings(), model.get_output_embeddings()
     return NewTokens(list(words), ids, names[id(source)], None if output is None else names[id(output)])

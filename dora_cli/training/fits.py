@@ -74,7 +74,9 @@ def fits(estimate: MemoryEstimate, base: Base, batch_size: int, frugal: MemoryEs
     for size in SIZES:
         text = _ways(estimate, base, batch_size, size)
         less = _ways(frugal, base, batch_size, size) if frugal is not None else text
-        found[f"{size} GB"] = text or f"more than {DEVICES[-1]} devices"
+        most = max(n for n in DEVICES if n <= batch_size)
+        why = "" if most == DEVICES[-1] else f" (of train.batch_size={batch_size} each needs a row)"
+        found[f"{size} GB"] = text or f"more than {most} device{'s' if most > 1 else ''}{why}"
         if less and less.split(" (")[0] != text.split(" (")[0]:
             found[f"{size} GB"] += f"; by train.gradient_checkpointing=true {less}"
     return found

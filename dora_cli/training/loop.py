@@ -118,6 +118,7 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
             hooks.save()
             meter.restart_clock()
         if stopping:
+            session.world.exchange([step])  # none leaves while the main one writes: torchrun would end that, too
             return stopping
     return None
 

@@ -108,6 +108,8 @@ def agree(session: "Session") -> None:
     world = session.world
     if world.alone:
         return
+    held = f"{session.device.type}, sharded: {session.sharded}, with weights: {not session.hollow}"
+    world.agree("the device and how the base is held", held, "set train.device, and train.shard=none or full")
     rows = {role: encoded.fingerprint() for role, encoded in session.encoded.items()}
     world.agree("the data", json.dumps(rows), "give every machine the same files")
     world.agree("the base model's weights, or where to adapt them", session.origin, "give every machine the same files")

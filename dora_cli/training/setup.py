@@ -36,7 +36,7 @@ from dora_cli.training.apart.wire import Traffic
 from dora_cli.training.optim import build_optimizer, build_scheduler
 from dora_cli.training.parallel import OwnRandom, sample
 from dora_cli.training.passes import first_row, keeping_apart, probe
-from dora_cli.training.shard import is_sharded, shard
+from dora_cli.training.shard import is_sharded, refuse_layer_drop, shard
 from dora_cli.training.sizing import asked_budget, check_values, sized_targets
 from dora_cli.training.start import fill, passes
 
@@ -167,7 +167,9 @@ def pick_device(name: str, world: World = ALONE) -> torch.device:
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(n for n in ("cuda", "mps", "cpu") if available[n])
+        name = next(n for n in ("cuda", "mps", "cpu") if available[n] and (world.alone or n != "mps"))
+    if name == "mps" and not world.alone:
+        raise UserError("train.device=mps: several processes need CUDA or the CPU", hint="set train.device=cpu")
     if not available[name]:
         raise UserError(f"train.device={name}: this machine has none", hint="use train.device=auto or train.device=cpu")
     if name != "cuda" or world.alone:
@@ -244,8 +246,12 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
     token_rows = _token_rows(model, loaded.new_tokens, targets)
     if dtype is not None:
         lower(model, dtype)
-    sharded = not loaded.hollow and is_sharded(config.train.shard, model, world, device)
-    place = torch.device("cpu") if sharded else device  # until it is split, no device need hold all of it
+    packed = loaded.hollow and config.model.quantization is not None
+    sharded = is_sharded(config.train.shard, model, world, device, packed=packed)
+    if sharded or (not world.alone and parts["importance"].sums):
+        refuse_layer_drop(model)
+    splits = sharded and not config.dry_run
+    place = torch.device("cpu") if splits else device  # until it is split, no device need hold all of it
     if not loaded.hollow:
         model.to(place)
     if config.data.packing and loaded.hollow:
@@ -271,7 +277,7 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
     origin = "" if world.alone or loaded.hollow else sample(model)
-    if sharded:
+    if splits:
         shard(model, device)
 
     stream = _stream(task, loaded.tokenizer, rows, config, world) if rows.stream is not None else None
@@ -325,7 +331,7 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
         origin=origin,
         hollow=loaded.hollow,
     )
-    if not sharded and not loaded.hollow:
+    if not splits and not loaded.hollow:
         join_siblings(session)
     return session
 

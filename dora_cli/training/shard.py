@@ -17,8 +17,11 @@ from dora_cli.processes import World, mesh
 LARGE = 0.5  # of a device's memory: a base that takes more is sharded by train.shard=auto
 
 
-def is_sharded(shard: str, model: nn.Module, world: World, device: torch.device) -> bool:
+def is_sharded(shard: str, model: nn.Module, world: World, device: torch.device, *, packed: bool = False) -> bool:
     """What ``train.shard`` comes to for this model, whose weights are in the type that they will be held in.
+
+    Args:
+        packed: whether the weights of a model without numbers would be packed.
 
     Raises:
         UserError: ``full`` is asked for, and nothing is frozen, or the weights are packed.
@@ -26,7 +29,7 @@ def is_sharded(shard: str, model: nn.Module, world: World, device: torch.device)
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     if world.alone or shard == "none":
         return False
-    if any(is_packed(module) for module in model.modules()):
+    if packed or any(is_packed(module) for module in model.modules()):
         if shard == "full":
             raise UserError(
                 "train.shard=full splits the frozen base, and packed (quantised) weights can't be split",
@@ -41,6 +44,20 @@ def is_sharded(shard: str, model: nn.Module, world: World, device: torch.device)
             )
         return True
     return device.type == "cuda" and frozen > LARGE * torch.cuda.get_device_properties(device).total_memory
+
+
+def refuse_layer_drop(model: Any) -> None:
+    """Processes that skip different layers can neither gather the same ones nor add up the same gradients of modules.
+
+    Raises:
+        UserError: the model skips layers at random in training.
+    """
+    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    if found := [name for name in names if getattr(model.config, name, 0)]:
+        raise UserError(
+            f"{type(model).__name__} skips layers at random ({found[0]}), others in each process",
+            hint=f"set {found[0]} to 0 in its config.json, or train in one process",
+        )
 
 
 def shard(model: Any, device: torch.device) -> None:

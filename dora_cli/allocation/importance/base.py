@@ -15,11 +15,13 @@ Probe = Callable[[Tensor], float]  # mask (n,) of the units that take part → l
 class Importance:
     """Scores units; higher is worth more. Owns its smoothing.
 
-    ``needs`` is a subset of {weights, gradients, probe}; ``units`` the kinds of unit it can score.
+    ``needs`` is a subset of {weights, gradients, probe}; ``units`` the kinds of unit it can score; ``sums`` says that
+    it has ``partial_sums``.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     units: ClassVar[frozenset[str]] = frozenset({"components"})
+    sums: ClassVar[bool] = False
 
     def attach(self, table: UnitTable) -> None:
         """Take hold of the table before the first step."""

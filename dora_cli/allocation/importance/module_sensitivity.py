@@ -30,6 +30,7 @@ class ModuleSensitivity(Importance):
     )
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    sums: ClassVar[bool] = True
 
     def attach(self, table: UnitTable) -> None:
         device = next(table.layers[0].parameters()).device if table.layers else torch.device("cpu")

@@ -31,8 +31,9 @@ class Seam:
     first_loss: float
 
 
-def find_seam(session: Session) -> Seam:
-    """Look at the method, and at a pass over the first row with the base here.
+def find_seam(session: Session) -> Seam | None:
+    """Look at the method, and at a pass over the first row with the base here; of a base without numbers, for a plan,
+    at the method alone.
 
     Raises:
         UserError: more than what adapters add is trained in the base; or the model does not call its base once a pass.
@@ -44,6 +45,8 @@ def find_seam(session: Session) -> Seam:
     heads = [model.get_submodule(name) for name in session.head_modules]
     own = {names[module]: module for module in heads if module in names}
     _check_method(session, base, adapted, own)
+    if session.hollow:
+        return None
     output, tensors, loss = _look(session, base)
     gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
     needed = [name for name, gradient in zip(tensors, gradients, strict=True) if gradient is not None]
