@@ -140,8 +140,11 @@ def test_what_each_device_needs() -> None:
         "141 GB": "1 device (98.0 GiB each)",
     }
     frugal = replace(found, step=2 * GIB, evaluation=0)
-    assert fits(found, base, 2, frugal)["40 GB"] == "more than 8 devices"
-    assert fits(found, base, 4, frugal)["24 GB"] == "more than 8 devices"
-    assert fits(found, replace(base, whole=40 * GIB), 1, frugal)["24 GB"] == "more than 8 devices"
+    assert "shard" not in str(fits(found, replace(base, splits=False), 8)), "packed weights can't be"
+    short = "(of train.batch_size={} each needs a row)"
+    assert fits(found, base, 2, frugal)["40 GB"] == "more than 2 devices " + short.format(2)
+    assert fits(found, base, 4, frugal)["24 GB"] == "more than 4 devices " + short.format(4)
+    one = "more than 1 device " + short.format(1)
+    assert fits(found, replace(base, whole=40 * GIB), 1, frugal)["24 GB"] == one
     text = fits(replace(found, base=10 * GIB), Base(10 * GIB, GIB, GIB), 1, replace(frugal, base=10 * GIB))["24 GB"]
-    assert text == "more than 8 devices; by train.gradient_checkpointing=true 1 device (14.0 GiB each)"
+    assert text == one + "; by train.gradient_checkpointing=true 1 device (14.0 GiB each)"
