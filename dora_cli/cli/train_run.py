@@ -84,7 +84,7 @@ class _Claim:
 
     def __init__(self, composed: Composed, out: Path, stack: ExitStack) -> None:
         self.composed, self.out, self.stack = composed, out, stack
-        self.held = False
+        self.there = self.held = False
         self.checkpoint: Path | None = None
         self.messages: list[str] = []
 
@@ -98,7 +98,8 @@ class _Claim:
         run_folder.check_ours(out)
         if config.resume and run_folder.is_finished(out):
             return True, False
-        if run_folder.is_run(out):
+        self.there = run_folder.is_run(out)
+        if self.there:
             self.held = self.stack.enter_context(locked(out))
         run_folder.check_free(out, resume=config.resume, overwrite=config.overwrite)
         if config.resume:
@@ -113,7 +114,7 @@ class _Claim:
         """Say what is going to be done, and have the folder: it is made when all that can be known was looked at."""
         out = self.out
         print_plan(describe(session, str(out)))
-        if not run_folder.is_run(out):
+        if not self.there:
             out.mkdir(parents=True, exist_ok=True)
             self.held = self.stack.enter_context(locked(out))
             if run_folder.is_run(out):

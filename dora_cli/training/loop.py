@@ -141,8 +141,10 @@ def _together(session: Session, own: Sequence[Batch], meter: "_Meter", hooks: Ho
 
 def _size(batch: Batch) -> tuple[int, int]:
     """Rows (a question is one, however many choices it has) and real tokens, read and to be written; on the CPU."""
-    masks = (batch["attention_mask"], batch.get("decoder_attention_mask"))
-    return len(batch.get(CHOICES, batch["input_ids"])), sum(int(mask.sum()) for mask in masks if mask is not None)
+    tokens = 0
+    for mask in (batch["attention_mask"], batch.get("decoder_attention_mask")):
+        tokens += 0 if mask is None else int(mask.sum())
+    return len(batch.get(CHOICES, batch["input_ids"])), tokens
 
 
 def _count_skipped(session: Session, progress: Progress, hooks: Hooks, meter: "_Meter") -> None:

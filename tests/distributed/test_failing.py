@@ -73,7 +73,7 @@ def test_a_loss_that_diverges_is_said_once(start: Start, tmp_path: Path) -> None
     assert len([e.err for e in ended if e.err]) == 1
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_is_killed(victim: int, start: Start, tmp_path: Path) -> None:
     """The other one ends by itself, with a message; what was saved goes on."""
     out = tmp_path / "run"
@@ -96,7 +96,7 @@ def test_a_process_that_is_killed(victim: int, start: Start, tmp_path: Path) -> 
     assert (out / f"checkpoints/step-{step:08d}").is_dir()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_a_signal_to_one_stops_all_after_saving(number: signal.Signals, start: Start, tmp_path: Path) -> None:
     out = tmp_path / "run"
     started = start(*LONG, "train.save_every=100000", "train.log_every=1", f"out={out}")

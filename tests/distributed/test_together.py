@@ -48,7 +48,9 @@ def same(one: Path, other: Path, *, to_the_end: bool = True) -> None:
         assert summary2["metrics"][split] == pytest.approx(metrics, abs=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["dora", "adalora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("alora", "aflora", "increlora"))]
+)
 def test_two_processes_are_one(method: str, start: Start, tmp_path: Path) -> None:
     words = [*WORDS, *METHODS[method]]
     runs = {"one": (1, []), "two": (2, []), "sharded": (2, ["train.shard=full"])}

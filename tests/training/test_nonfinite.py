@@ -203,7 +203,7 @@ def test_a_signal_counts_what_the_device_has_skipped_before_it_saves(
 class Transfers(TorchDispatchMode):
     """Notes in which training steps a number is asked of a tensor that would lie on the device, and by whom.
 
-    Batches lie on the host until they are sent: what ``data`` does and both ``count`` is free.
+    Batches lie on the host until they are sent: what ``data``, ``count`` and ``_size`` do is free.
     """
 
     def __init__(self, steps: list[int]) -> None:
@@ -213,7 +213,7 @@ class Transfers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             frames = [f for f in traceback.extract_stack() if "/dora_cli/" in f.filename]
-            if not any("/data/" in f.filename for f in frames) and frames and frames[-1].name != "count":
+            if not any("/data/" in f.filename for f in frames) and frames and frames[-1].name not in ("count", "_size"):
                 self.asked.add((len(self.steps), f"{frames[-1].filename.split('dora_cli/')[-1]}:{frames[-1].name}"))
         return func(*args, **(kwargs or {}))
 
