@@ -64,6 +64,7 @@ def test_jobs_run_at_once_and_what_they_say_is_kept(launcher, stand_in, monkeypa
     assert Path("s/.sweep/seed=1.log").read_text() == "met\n"
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_every_job_save_and_begins_no_more(launcher, number, code, tmp_path):

@@ -158,6 +158,7 @@ def test_losses_are_those_of_one_process_and_bytes_those_of_the_formula(
     assert crossed == set().union(*names_of.values()) | {"random", "0"}  # 0: the gradient of the output
 
 
+@pytest.mark.slow
 def test_a_pair_goes_on_to_the_same_bits_after_its_cloud_has_died(
     start: Start,
     even_data: Path,

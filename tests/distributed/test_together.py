@@ -63,7 +63,7 @@ def test_two_processes_are_one(method: str, start: Start, tmp_path: Path) -> Non
     assert outcome(tmp_path / "two")[3]["train"]["processes"] == 2
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on(before: int, after: int, start: Start, tmp_path: Path) -> None:
     words = [*WORDS, *METHODS["dora"], "train.save_every=4"]
     assert start(*words, f"out={tmp_path}/whole", size=1).ends()[0].code == 0

@@ -17,6 +17,7 @@ def campaign(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
 def test_killed_runs_end_where_they_would_have_ended(tmp_path: Path) -> None:
     done = campaign(
@@ -62,6 +63,7 @@ def test_hostile_arguments_end_in_one_message(tmp_path: Path) -> None:
     assert sum(case["verdict"] == "refused" for case in found) > 30
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
 def test_fuzzed_inputs_give_a_result_or_one_message(tmp_path: Path) -> None:
     words = ["--targets", "budget", "targets", "adapters", "data", "checkpoints", "--examples", "30"]

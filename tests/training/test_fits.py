@@ -75,7 +75,11 @@ def session_of(folder: Path, data_dir: Path, *overrides: str) -> Session:
     return build(compose([*words, "dry_run=true"], load_parts()))
 
 
-@pytest.mark.parametrize("options", [["method=dora"], ["method=lora", "train.precision=bf16"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(["method=dora"], marks=pytest.mark.slow), ["method=lora", "train.precision=bf16"]],
+    ids=" ".join,
+)
 def test_without_weights_the_plan_says_the_same(options, model_dir, hollow_dir, data_dir) -> None:
     with_weights, without = (session_of(folder, data_dir, *options) for folder in (model_dir, hollow_dir))
     assert (with_weights.hollow, without.hollow) == (False, True)
@@ -91,6 +95,7 @@ def test_without_weights_the_plan_says_the_same(options, model_dir, hollow_dir, 
     assert other.step == pytest.approx(one.step, rel=0.01)
 
 
+@pytest.mark.slow
 def test_many_layers_are_reckoned_from_a_few(hollow_dir, data_dir, monkeypatch) -> None:
     config = AutoConfig.from_pretrained(hollow_dir)
     config.num_hidden_layers = 6
