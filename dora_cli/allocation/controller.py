@@ -23,6 +23,7 @@ from dora_cli.allocation.importance.base import Importance
 from dora_cli.allocation.regularizers.base import Regularizer
 from dora_cli.allocation.schedules import Schedule
 from dora_cli.allocation.select import prefix_closed
+from dora_cli.allocation.standing import standing
 from dora_cli.allocation.table import UnitTable
 from dora_cli.allocation.verdict import TAKEN, Verdict
 
@@ -109,7 +110,8 @@ class Allocation:
                 its account; events fall all the same, on what was seen before.
 
         Returns:
-            What happened, where an event fell on this step: step, budget, alive, params and ranks per module.
+            What happened, where an event fell on this step: step, budget, alive, params, ranks per module, and how
+            the units stood where they were scored (``standing``).
         """
         if self.regularizer.active(step, self.window):
             self.regularizer.conclude(verdict)
@@ -126,6 +128,13 @@ class Allocation:
     def _act(self, step: int, optimizer: Optimizer) -> dict[str, Any]:
         limit = self.schedule.count(step, self.window, self.first, self.last)
         self.importance.close_period(self.table)
+        ranked, before = ~self.table.dropped, self.table.alive
+        seen: list[Tensor] = []  # what the allocator asked for
+
+        def scores() -> Tensor:
+            seen.append(self._scores())
+            return seen[-1]
+
         self.allocator.act(
             Event(
                 step=step,
@@ -134,7 +143,7 @@ class Allocation:
                 first=self.first,
                 last=self.last,
                 by_cost=self.by_cost,
-                scores=self._scores,
+                scores=scores,
                 elements=self._elements,
                 table=self.table,
                 schedule=self.schedule,
@@ -147,10 +156,12 @@ class Allocation:
         return {
             "step": step,
             "budget": limit,
+            "budget_unit": "parameters" if self.by_cost else self.table.kind,
             "alive": self.alive_count(),
             "params": self.table.alive_cost(),
             "ranks": self.table.ranks(),
             **self.allocator.report(self.table),
+            **({"scores": standing(self.table, ranked, before, seen[-1])} if seen else {}),
         }
 
     def alive_count(self) -> int:

@@ -51,8 +51,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The allocation events among the records."""
-    return [{k: v for k, v in r.items() if k != "split"} for r in read_metrics(path) if r["split"] == ALLOCATION]
+    """The allocation events among the records, without what only ``metrics.jsonl`` has: how the units stood."""
+    events = (r for r in read_metrics(path) if r["split"] == ALLOCATION)
+    return [{k: v for k, v in r.items() if k not in ("split", "scores")} for r in events]
 
 
 def jsonable(value: Any) -> Any:
