@@ -71,6 +71,15 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing report.html takes a second, longer than most of the runs here; tests marked ``pages`` look at it."""
+    if not request.node.get_closest_marker("pages"):
+        from dora_cli.reporting import report
+
+        monkeypatch.setattr(report, "write_report", lambda run, path: None)
+
+
 @pytest.fixture
 def stack() -> Callable[..., Stack]:
     """Build ``n`` linear layers with tanh between, adapted, c, b shaken so that nothing is zero by accident."""

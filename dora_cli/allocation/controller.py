@@ -161,7 +161,7 @@ class Allocation:
             "params": self.table.alive_cost(),
             "ranks": self.table.ranks(),
             **self.allocator.report(self.table),
-            **({"scores": standing(self.table, ranked, before, seen[-1])} if seen else {}),
+            **({"standing": standing(self.table, ranked, before, seen[-1])} if seen else {}),
         }
 
     def alive_count(self) -> int:

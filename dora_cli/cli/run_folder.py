@@ -10,13 +10,13 @@ from dora_cli.config.record import recipe_of
 from dora_cli.errors import UserError
 
 CONFIG, SUMMARY, METRICS, RANKS, LOG = "config.yaml", "summary.json", "metrics.jsonl", "ranks.json", "train.log"
-ADAPTER, MERGED, CHECKPOINTS = "adapter", "merged", "checkpoints"
+ADAPTER, MERGED, CHECKPOINTS, REPORT = "adapter", "merged", "checkpoints", "report.html"
 # Hidden files (the lock, leftovers of killed processes) count for nothing.
-OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, "report.html")
+OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, REPORT)
 
 # What may differ between an interrupted run and its resumption: logging, saving, workers, cache, how it was called.
 FREE_ON_RESUME = (
-    *("out", "resume", "overwrite", "dry_run", "offline", "save.merged"),
+    *("out", "resume", "overwrite", "dry_run", "offline", "save.merged", "save.report"),
     *("train.log_every", "train.save_every", "train.keep_last", "train.workers", "train.max_skipped"),
     *("data.cache", "train.timeout", "train.shard"),
 )

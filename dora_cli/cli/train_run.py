@@ -269,6 +269,7 @@ class _Run:
         if stopped:
             self._write_ranks()
             self.metrics.close()
+            self._write_report()
             return EXIT_CODES[stopped]
         self._finish()
         return 0
@@ -327,9 +328,20 @@ class _Run:
                 print(f"merged with the original weights, not the {report.quantization} ones that were trained on:")
                 print("  dora-merge base_weights=dequantised takes those")
         summary = summarise(self.session, self.progress, rss, device)
-        # Last of all: a folder with a summary is a finished run.
+        # A folder with a summary is a finished run; what comes after it can be made from the folder.
         atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(jsonable(summary), indent=2) + "\n")
+        if self._write_report():
+            files["report"] = self.out / run_folder.REPORT
         print_summary(summary, files | {"all files": self.out})
+
+    def _write_report(self) -> bool:
+        if not self.session.config.save.report:
+            return False
+        from dora_cli.reporting.report import write_report  # matplotlib takes a second to be there
+        from dora_cli.reporting.runs import read_run
+
+        write_report(read_run(self.out), self.out / run_folder.REPORT)
+        return True
 
     def _write_ranks(self) -> None:
         """When the process ends: until then events stand in metrics.jsonl, and a long run has many."""

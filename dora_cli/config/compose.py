@@ -53,6 +53,7 @@ def compose(overrides: Sequence[str], parts: Parts, config_dirs: Iterable[str | 
     Raises:
         UserError: anything that the user can put right, with file and line where it comes from a file.
     """
+    config_dirs = list(config_dirs)
     folders = search_folders(config_dirs)
     schema = root_schema(parts)
     keys = known_keys(schema)
@@ -91,7 +92,8 @@ def compose(overrides: Sequence[str], parts: Parts, config_dirs: Iterable[str | 
     check_config(config, origin.get)
 
     selected = {"model": picked["model"], "data": picked["data"], **names, "method": picked["method"]}
-    text = record.write(recipe.name, selected, values)
+    folders_typed = [word for folder in config_dirs for word in ("--config-dir", str(folder))]
+    text = record.write(recipe.name, selected, values, [*overrides, *folders_typed])
     return Composed(config, built, names, recipe.name, picked["method"], dropped, text)
 
 

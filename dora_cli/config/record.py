@@ -1,7 +1,8 @@
 """``RUN/config.yaml``: a run's whole configuration, written as a recipe that repeats it."""
 
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -12,11 +13,12 @@ TITLE = "# Every value of a run, as it was used."
 NOT_REPEATED = ("out", "resume", "overwrite", "dry_run")  # they speak of one start, not of what is trained
 
 
-def write(recipe: str, chosen: Mapping[str, str], values: Mapping[str, Any]) -> str:
+def write(recipe: str, chosen: Mapping[str, str], values: Mapping[str, Any], words: Sequence[str] = ()) -> str:
     """The text of ``config.yaml``.
 
     Args:
         recipe: the recipe's name, kept in a comment.
+        words: those of the command, kept in another, for people.
         chosen: group → choice for model, data, method and the five parts.
         values: the resolved configuration, nested.
     """
@@ -24,6 +26,9 @@ def write(recipe: str, chosen: Mapping[str, str], values: Mapping[str, Any]) -> 
     defaults = ["_self_", *({f"override /{group}": name} for group, name in chosen.items())]
     text = OmegaConf.to_yaml(OmegaConf.create(_literal({"defaults": defaults, **body})))
     comments = ["#   dora-train recipe=THIS_FILE out=NEW      repeats it", f"#   recipe: {recipe}"]
+    lasting = [word for word in words if word.partition("=")[0] not in ("resume", "overwrite", "dry_run")]
+    if words:
+        comments.append("#   command: " + " ".join(shlex.join(["dora-train", *lasting]).split()))
     return "\n".join([HEADER, TITLE, *comments, text])
 
 

@@ -134,6 +134,7 @@ class TrainConfig:
 @dataclass
 class SaveConfig:
     merged: bool = key(False, "also write the merged model")
+    report: bool = key(True, "write report.html when the run ends")
     which: str = key("best", "the evaluation whose weights are exported", choices=("best", "last"))
 
 

@@ -53,7 +53,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The allocation events among the records, without what only ``metrics.jsonl`` has: how the units stood."""
     events = (r for r in read_metrics(path) if r["split"] == ALLOCATION)
-    return [{k: v for k, v in r.items() if k not in ("split", "scores")} for r in events]
+    return [{k: v for k, v in r.items() if k not in ("split", "standing")} for r in events]
 
 
 def jsonable(value: Any) -> Any:

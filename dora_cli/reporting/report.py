@@ -15,7 +15,6 @@ from dora_cli.reporting.terminal import duration, number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-REPORT = "report.html"
 DEEP = 70  # percent of the colour from which on figures are white
 MOST_FRAMES = 120  # of the rank map's slider
 WINDOW = "units are chosen"
@@ -108,11 +107,11 @@ def _parts(run: Run) -> list[str]:
 
 def _standing(run: Run) -> dict[str, Any] | None:
     """What the last event took, and what it nearly took."""
-    events = [event for event in run.events if "scores" in event]
+    events = [event for event in run.events if "standing" in event]
     if not events:
         return None
-    taking = next((e for e in reversed(events) if e["scores"]["lost"]), None)
-    return {"last": events[-1], "taking": taking} if taking or events[-1]["scores"]["nearly_lost"] else None
+    taking = next((e for e in reversed(events) if e["standing"]["lost"]), None)
+    return {"last": events[-1], "taking": taking} if taking or events[-1]["standing"]["nearly_lost"] else None
 
 
 def _rank_map(run: Run) -> dict[str, Any] | None:
@@ -173,7 +172,7 @@ def charts(run: Run) -> list[Chart]:
 
 def importance_chart(run: Run) -> Chart | None:
     """How the scores were spread at each event, and where the line fell."""
-    events = [event for event in run.events if event.get("scores", {}).get("quantiles")]
+    events = [event for event in run.events if event.get("standing", {}).get("quantiles")]
     if not events:
         return None
     return Chart(
@@ -235,7 +234,7 @@ def _draw_budget(axes: "Axes", run: Run) -> None:
 
 def _draw_importance(axes: "Axes", events: list[Record]) -> None:
     steps = [event["step"] for event in events]
-    quantiles = [event["scores"]["quantiles"] for event in events]
+    quantiles = [event["standing"]["quantiles"] for event in events]
     n = len(quantiles[0])
     marker = "o" if len(events) == 1 else None
 
@@ -246,7 +245,7 @@ def _draw_importance(axes: "Axes", events: list[Record]) -> None:
         label = {0.0: "all", 0.1: "middle 80 %", 0.25: "middle 50 %"}[low]
         axes.fill_between(steps, at(low), at(high), color=SERIES[0], alpha=strength, linewidth=0, label=label)
     axes.plot(steps, at(0.5), color=SERIES[0], marker=marker, label="median")
-    kept = [event["scores"]["lowest_kept"] for event in events]
+    kept = [event["standing"]["lowest_kept"] for event in events]
     axes.plot(
         [s for s, k in zip(steps, kept, strict=True) if k is not None],
         [k for k in kept if k is not None],

@@ -52,7 +52,7 @@ class Run:
 
     @cached_property
     def events(self) -> list[Record]:
-        """Allocation events: step, budget, alive, params, ranks, and where units were scored, ``scores``."""
+        """Allocation events: step, budget, alive, params, ranks, and where units were scored, ``standing``."""
         return [r for r in self.records if r["split"] == ALLOCATION]
 
     @cached_property
