@@ -31,6 +31,8 @@ def write_report(run: Run, path: Path) -> None:
         charts=[chart.inline() for chart in charts(run)],
         importance=chart.inline() if (chart := importance_chart(run)) else None,
         standing=_standing(run),
+        shrinks=run.summary is not None
+        and run.summary["budget"]["components_end"] < run.summary["budget"]["components_start"],
         map=_rank_map(run),
         facts=list(_facts(run)),
         command=f"dora-train recipe={shlex.quote(str(run.folder / 'config.yaml'))} out=NEW",
@@ -106,12 +108,10 @@ def _parts(run: Run) -> list[str]:
 
 
 def _standing(run: Run) -> dict[str, Any] | None:
-    """What the last event took, and what it nearly took."""
-    events = [event for event in run.events if "standing" in event]
-    if not events:
-        return None
-    taking = next((e for e in reversed(events) if e["standing"]["lost"]), None)
-    return {"last": events[-1], "taking": taking} if taking or events[-1]["standing"]["nearly_lost"] else None
+    """What an event took last, and what the last one nearly took; None where none ever takes anything."""
+    taking = [event for event in run.events if event.get("standing", {}).get("lost")]
+    last = next((event for event in reversed(run.events) if "standing" in event), None)
+    return {"last": last, "taking": taking[-1]} if taking else None
 
 
 def _rank_map(run: Run) -> dict[str, Any] | None:
@@ -178,7 +178,7 @@ def importance_chart(run: Run) -> Chart | None:
     return Chart(
         "Scores of all units that were ranked, at each event",
         "spread of the importance scores at each allocation event",
-        lambda axes, narrow: _draw_importance(axes, events),
+        lambda axes, narrow: _draw_importance(axes, events, line=_standing(run) is not None),
     )
 
 
@@ -225,14 +225,15 @@ def _draw_budget(axes: "Axes", run: Run) -> None:
         for values in (alive, asked):
             values.insert(0, run.summary["budget"]["params_start" if by_cost else "components_start"])
     axes.step([*steps, last], [*asked, asked[-1]], where="post", color=MUTED, linestyle="--", label="budget asked for")
-    axes.step([*steps, last], [*alive, alive[-1]], where="post", color=SERIES[0], label="alive")
+    label = "alive" if run.events[-1].get("budget_unit") in ("components", "parameters") else "in training"
+    axes.step([*steps, last], [*alive, alive[-1]], where="post", color=SERIES[0], label=label)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(run.events[-1].get("budget_unit", "units"))
     plain_numbers(axes)
     axes.legend(loc="best")
 
 
-def _draw_importance(axes: "Axes", events: list[Record]) -> None:
+def _draw_importance(axes: "Axes", events: list[Record], *, line: bool) -> None:
     steps = [event["step"] for event in events]
     quantiles = [event["standing"]["quantiles"] for event in events]
     n = len(quantiles[0])
@@ -245,14 +246,9 @@ def _draw_importance(axes: "Axes", events: list[Record]) -> None:
         label = {0.0: "all", 0.1: "middle 80 %", 0.25: "middle 50 %"}[low]
         axes.fill_between(steps, at(low), at(high), color=SERIES[0], alpha=strength, linewidth=0, label=label)
     axes.plot(steps, at(0.5), color=SERIES[0], marker=marker, label="median")
-    kept = [event["standing"]["lowest_kept"] for event in events]
-    axes.plot(
-        [s for s, k in zip(steps, kept, strict=True) if k is not None],
-        [k for k in kept if k is not None],
-        color=SERIES[1],
-        marker=marker,
-        label="lowest that lives",
-    )
+    kept = [(event["step"], k) for event in events if (k := event["standing"]["lowest_kept"]) is not None]
+    if line and kept:
+        axes.plot(*zip(*kept, strict=True), color=SERIES[1], marker=marker, label="lowest that lives")
     if min(at(0.1)) > 0:  # a few zeros fall off the lower edge
         log_scale(axes)
     plain_numbers(axes, "x")
