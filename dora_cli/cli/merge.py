@@ -75,6 +75,8 @@ def describe(report: "MergeReport") -> str:
             word, content = "rank", _count(sum(adapted), "component")
         span = f"{word} {min(adapted)}" if len(set(adapted)) == 1 else f"{word}s {min(adapted)} to {max(adapted)}"
         lines.append(f"  adapter  {_count(len(adapted), 'module')}, {span}, {content}")
+    if report.dtypes:
+        lines.append(f"  dtype    {', '.join(report.dtypes)}")
     if report.head:
         lines.append(f"  head     {_count(len(report.head), 'tensor')} as trained ({_few(report.head)})")
     if report.tokens:

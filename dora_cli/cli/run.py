@@ -7,6 +7,7 @@ import atexit
 import codecs
 import errno
 import gc
+import logging
 import os
 import re
 import shutil
@@ -58,6 +59,23 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("in_ascii", _in_ascii)
+
+
+class HubRetries(logging.Filter):
+    """Of the two lines that the hub's client says at each of many tries one remains, and it says what can be done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "thrown while requesting" not in text and not text.startswith("Retrying in"):
+            return True
+        if not self.said:
+            print("the hub does not answer; trying for a minute (offline=true uses what is here)", file=sys.stderr)
+        self.said = True
+        return False
 
 
 class Terminated(BaseException):
@@ -136,6 +154,7 @@ def guard(function: Callable[[list[str]], int | None], argv: Sequence[str] | Non
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="in_ascii")  # a terminal that knows no "→" must not turn help into a traceback
+    logging.getLogger("huggingface_hub.utils._http").addFilter(HubRetries())
     atexit.register(gc.freeze)  # else Python walks through all that the libraries made once more, for a second
     try:
         with _sigterm_raises():

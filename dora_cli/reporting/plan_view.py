@@ -56,7 +56,7 @@ def module_table(groups: Sequence[Mapping[str, Any]]) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title_justify="left")
     table.add_column("modules", overflow="fold", header_style="dim")
     for name in ("count", "shape", "units", "parameters"):
-        table.add_column(name, justify="right", header_style="dim", overflow="fold")
+        table.add_column(name, justify="right", header_style="dim", no_wrap=True)
     for group in groups:
         d_out, d_in = group["shape"]
         cells = (f"{len(group['names'])}", f"{d_out}×{d_in}", _span(group["units"]), _span(group["parameters"]))

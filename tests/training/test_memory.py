@@ -146,7 +146,11 @@ def test_what_cannot_be_followed_is_said_in_one_line_and_leaves_no_gradients(
         estimate(session)
     assert all(p.grad is None for p in session.model.parameters())
     calls.clear()
-    assert describe(session, "out").sections["memory"]["here"].startswith("no estimate can be given (RuntimeError: a kernel")
+    assert (
+        describe(session, "out")
+        .sections["memory"]["here"]
+        .startswith("no estimate can be given (RuntimeError: a kernel")
+    )
 
 
 def test_a_model_that_asks_for_values_is_followed(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
