@@ -72,7 +72,7 @@ def listing(group: str, folders: Sequence[Path]) -> str:
     group = group.removesuffix("s") if group not in GROUPS else group  # as one says it
     if group not in GROUPS:
         raise UserError(f"unknown group '{group}'", hint=did_you_mean(group, GROUPS))
-    said = part_sentences(group) | sentences(group, folders)
+    said = {**part_sentences(group), **sentences(group, folders)}
     return "\n".join(columns({name: said.get(name, "") for name in offered(group, folders)}, indent="", column=COLUMN))
 
 

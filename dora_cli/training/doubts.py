@@ -6,7 +6,6 @@ from itertools import chain
 from math import ceil
 
 from dora_cli.training.facts import Facts
-from dora_cli.training.setup import Session
 
 FAR = 3  # times the tuned rate, or a third of it
 # Peak rates of AdamW that are in use, by adapter; those that wrap layers have the first.
@@ -26,9 +25,9 @@ class Doubt:
     advice: str
 
 
-def doubts(known: Facts, session: Session) -> list[Doubt]:
+def doubts(known: Facts) -> list[Doubt]:
     """All warnings about a plan, in the order of its sections."""
-    return list(chain(_lengths(known), _budget(known, session), _window(known, session), _rate(known), _pace(known)))
+    return list(chain(_lengths(known), _budget(known), _window(known), _rate(known), _pace(known)))
 
 
 def _lengths(known: Facts) -> Iterator[Doubt]:
@@ -41,7 +40,8 @@ def _lengths(known: Facts) -> Iterator[Doubt]:
             f"set data.max_length={positions} or less",
         )
     train = known["data"]["splits"]["train"]
-    if train["truncated"] > CUT * train["batch_rows"]:
+    may_grow = positions is None or data["max_length"] < positions
+    if may_grow and train["truncated"] > CUT * train["batch_rows"]:
         yield Doubt(
             "data.max_length",
             f"{train['truncated']:,} of {train['batch_rows']:,} training rows are longer than "
@@ -50,30 +50,30 @@ def _lengths(known: Facts) -> Iterator[Doubt]:
         )
 
 
-def _budget(known: Facts, session: Session) -> Iterator[Doubt]:
-    units, n = known["adapter"]["units_end"][1], len(session.targets)
+def _budget(known: Facts) -> Iterator[Doubt]:
+    units, n = known["adapter"]["units_end"][1], sum(len(group["names"]) for group in known["modules"])
     if known["adapter"]["unit"] == "components" and known["run"]["budget"] is not None and units < n:
         yield Doubt(
             "budget",
-            f"budget={session.config.budget} leaves {units:,} components for {n:,} modules, so {n - units:,} of them "
+            f"budget={known['run']['budget']} leaves {units:,} components for {n:,} modules, so {n - units:,} of them "
             "at least end without any",
             "set budget=r1 or more, or adapt fewer modules by adapter.targets",
         )
 
 
-def _window(known: Facts, session: Session) -> Iterator[Doubt]:
-    schedule, allocator = known["schedule"], session.allocation.allocator
+def _window(known: Facts) -> Iterator[Doubt]:
+    schedule = known["schedule"]
     if schedule is None:
         return
     warmup, begin = known["training"]["warmup_steps"], schedule["events"][0][0]
     if begin < warmup:
-        acting = {"shrink": "pruning", "grow": "growth", "static": "freezing"}.get(allocator.mode, "allocation")
+        acting = {"shrink": "pruning", "grow": "growth", "static": "freezing"}.get(schedule["mode"], "allocation")
         yield Doubt(
             "schedule.start",
             f"{acting} starts at step {begin}, before the learning rate is warm (step {warmup})",
             "raise schedule.start, or lower train.warmup",
         )
-    if allocator.mode not in ("shrink", "grow"):
+    if schedule["mode"] not in ("shrink", "grow"):
         return
     end, total = schedule["end"], schedule["steps"]
     if total - end < LEFT * total:
@@ -84,10 +84,10 @@ def _window(known: Facts, session: Session) -> Iterator[Doubt]:
             f"step{'' if left == 1 else 's'} ({left / total:.0%} of the run)",
             "set schedule.end=0.5, or train for longer",
         )
-    if len(schedule["events"]) == 1 and not session.allocation.schedule.one_event:
+    if len(schedule["events"]) == 1 and not schedule["one_event"]:
         yield Doubt(
             "allocator.interval",
-            f"allocator.interval={allocator.interval} leaves one allocation event in the window, steps "
+            f"allocator.interval={schedule['interval']} leaves one allocation event in the window, steps "
             f"{schedule['start']} to {end}: all is decided at once",
             f"set allocator.interval={max(1, (end - schedule['start']) // 10)}, or train for longer",
         )

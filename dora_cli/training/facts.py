@@ -139,7 +139,8 @@ def end_bounds(last: int, costs: list[int], by_cost: bool, grows: bool) -> tuple
     """
     if by_cost:
         least = max(last - costs[-1] + 1, 0)  # a unit more, even the dearest, would not have been left out
-        return [math.ceil(least / costs[-1]), last // costs[0]], [least, last]
+        most = last // costs[0]
+        return [math.ceil(least / costs[-1]), most if grows else min(most, len(costs))], [least, last]
     if grows:
         return [last, last], [last * costs[0], last * costs[-1]]
     return [last, last], [sum(costs[:last]), sum(costs[len(costs) - last :])]
@@ -151,12 +152,15 @@ def _schedule(session: Session) -> Facts:
     steps = [t for t in range(1, window.end + 1) if allocation.is_event(t)]
     count = allocation.schedule.count
     return {
+        "mode": allocation.allocator.mode,
         "counts": "parameters" if allocation.by_cost else allocation.table.kind,
         "start": window.start,
         "end": window.end,
         "steps": window.total,
         "first": allocation.first,
         "last": allocation.last,
+        "interval": allocation.allocator.interval,
+        "one_event": allocation.schedule.one_event,
         "events": [[t, count(t, window, allocation.first, allocation.last)] for t in steps],
     }
 

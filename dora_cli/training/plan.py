@@ -52,7 +52,7 @@ def describe(session: Session, out: str) -> Plan:
         sections["memory"], known["memory"] = _memory(session)
     if dry:
         sections["examples"] = known["examples"]
-    notes, warnings = _notes(session), doubts(known, session)
+    notes, warnings = _notes(session), doubts(known)
     if notes:
         sections["note"] = {str(i): text for i, text in enumerate(notes, start=1)}
     if warnings:

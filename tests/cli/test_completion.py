@@ -2,6 +2,7 @@
 
 import os
 import pty
+import resource
 import select
 import shutil
 import signal
@@ -68,14 +69,13 @@ def test_other_commands_offer_their_own_words(tmp_path):
 def test_an_answer_takes_a_third_of_a_second_at_most_and_nothing_slow():
     code = "import sys; from dora_cli.cli.recipes import main; main(sys.argv[1:]); print(sorted(sys.modules))"
     argv = [sys.executable, "-c", code, "completion", "words", "dora-train", "method=dora", "schedule.st"]
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
-        seconds.append(time.perf_counter() - start)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.startswith("schedule.start=\n")
     assert not {"torch", "hydra", "omegaconf", "yaml", "rich"} & set(done.stdout.replace("'", " ").split())
-    assert min(seconds) < 0.3
+    # Of the processor's time: the machine may be busy with other tests.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
 
 
 def test_a_shells_script_is_printed(capsys):

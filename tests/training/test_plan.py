@@ -2,12 +2,17 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dora_cli.cli.parts import load_parts
+from dora_cli.config.compose import compose
+from dora_cli.errors import UserError
 from dora_cli.training import plan as planning
+from dora_cli.training.doubts import doubts
 from dora_cli.training.facts import end_bounds
 
 Train = Callable[..., int]
@@ -61,41 +66,99 @@ def test_bounds_of_the_end_are_those_of_the_cheapest_and_the_dearest() -> None:
     assert end_bounds(3, costs, by_cost=False, grows=False) == ([3, 3], [50, 70])
     assert end_bounds(6, costs, by_cost=False, grows=True) == ([6, 6], [60, 180])
     units, parameters = end_bounds(65, costs, by_cost=True, grows=False)
-    assert parameters == [36, 65] and units == [2, 6]
+    assert parameters == [36, 65] and units == [2, 4]
 
 
-def test_a_sound_plan_warns_of_nothing(planned: Callable) -> None:
-    plan = planned("method=dora", "budget=r2", "adapter.rank=4", "train.max_steps=60", "allocator.interval=5")
-    assert plan["warnings"] == []
+# A sound plan, as far as warnings look at it: each case changes what it names.
+SOUND: dict[str, Any] = {
+    "run": {"method": "dora", "parts": {"adapter": "components"}, "budget": "r2"},
+    "data": {
+        "choice": "mine",
+        "max_length": 64,
+        "splits": {
+            "train": {"rows": 640, "batch_rows": 640, "truncated": 3},
+            "validation": {"rows": 90, "batch_rows": 90, "truncated": 0},
+        },
+    },
+    "model": {"max_positions": 512},
+    "modules": [{"names": [f"layer.{i}.query" for i in range(12)]}],
+    "adapter": {"unit": "components", "units_end": [24, 24]},
+    "schedule": {
+        "mode": "shrink",
+        "start": 9,
+        "end": 30,
+        "steps": 60,
+        "interval": 10,
+        "one_event": False,
+        "events": [[9, 48], [19, 40], [29, 25], [30, 24]],
+    },
+    "training": {
+        "steps": 60,
+        "rows_per_step": 32,
+        "learning_rate": 1e-3,
+        "tuned_learning_rate": None,
+        "warmup_steps": 4,
+        "evaluate_every": 20,
+        "save_every": 20,
+    },
+}
 
 
 @pytest.mark.parametrize(
-    ("words", "key", "what", "advice"),
+    ("changes", "key", "what", "advice"),
     [
-        (["schedule.end=58"], "schedule.end", "step 58 of 60", "schedule.end=0.5"),
-        (["budget=0.1"], "budget", "5 components for 12 modules, so 7", "budget=r1"),
-        (["train.learning_rate=1"], "train.learning_rate", "5e-05 to 0.01", "try"),
-        (["data=text", "train.learning_rate=1e-5"], "train.learning_rate", "1/", "set train.learning_rate="),
-        (["train.warmup=100"], "train.warmup", "100 steps is no shorter than the run, 60", "train.warmup=0.06"),
-        (["train.warmup=20"], "schedule.start", "pruning starts at step 9", "raise schedule.start"),
-        (["allocator.interval=40"], "allocator.interval", "one allocation event", "allocator.interval=2"),
-        (["train.eval_every=1", "train.batch_size=1"], "train.eval_every", "60 evaluations", "raise train.eval_every"),
-        (["train.save_every=1"], "train.save_every", "60 in all", "raise train.save_every"),
-        (["data.max_length=3"], "data.max_length", "are longer than data.max_length=3", "raise data.max_length"),
+        ({"schedule.end": 58}, "schedule.end", "step 58 of 60", "schedule.end=0.5"),
+        ({"schedule.end": 58, "schedule.mode": "constant"}, None, "", ""),
+        ({"adapter.units_end": [5, 5]}, "budget", "5 components for 12 modules, so 7", "budget=r1"),
+        ({"training.learning_rate": 1.0}, "train.learning_rate", "5e-05 to 0.01", "try"),
+        ({"training.learning_rate": 1e-3, "run.parts": {"adapter": "full"}}, "train.learning_rate", "0.0002", "try"),
+        ({"training.tuned_learning_rate": 4e-3}, "train.learning_rate", "1/4 of the 0.004", "learning_rate=0.004"),
+        ({"training.tuned_learning_rate": 2.5e-4}, "train.learning_rate", "4 times the 0.00025", "leave it out"),
+        ({"training.tuned_learning_rate": 5e-4}, None, "", ""),
+        (
+            {"training.warmup_steps": 60, "schedule": None},
+            "train.warmup",
+            "60 steps is no shorter than the run, 60",
+            "warmup=0.06",
+        ),
+        ({"training.warmup_steps": 20}, "schedule.start", "pruning starts at step 9", "raise schedule.start"),
+        ({"schedule.events": [[30, 24]]}, "allocator.interval", "one allocation event", "allocator.interval=2"),
+        ({"schedule.events": [[30, 24]], "schedule.one_event": True}, None, "", ""),
+        ({"training.evaluate_every": 1, "training.rows_per_step": 4}, "train.eval_every", "60 evaluations", "raise"),
+        ({"training.save_every": 1}, "train.save_every", "60 in all", "raise train.save_every"),
+        ({"data.splits.train.truncated": 320}, "data.max_length", "320 of 640 training rows", "raise data.max_length"),
+        ({"model.max_positions": 32}, "data.max_length", "more than the 32 positions", "set data.max_length=32"),
+        ({"schedule": None}, None, "", ""),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=str,
 )
 def test_what_is_likely_wrong_is_said_with_numbers_and_what_to_set(
-    words: list[str], key: str, what: str, advice: str, planned: Callable
+    changes: dict[str, Any], key: str | None, what: str, advice: str
 ) -> None:
-    base = {"method": "dora", "budget": "r2", "adapter.rank": "4", "train.max_steps": "60", "allocator.interval": "5"}
-    given = dict(word.split("=", 1) for word in words)
-    plan = planned(*(f"{k}={v}" for k, v in (base | given).items()))
-    found = [warning for warning in plan["warnings"] if warning["key"] == key]
-    assert found and what in found[0]["what"] and advice in found[0]["advice"], plan["warnings"]
+    assert doubts(SOUND) == []
+    known = deepcopy(SOUND)
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        node = known
+        for part in path:
+            node = node[part]
+        node[last] = value
+    found = doubts(known)
+    assert [doubt.key for doubt in found] == ([key] if key else [])
+    assert not key or (what in found[0].what and advice in found[0].advice), found
+
+
+def test_warnings_reach_the_plan_of_a_run_and_know_what_was_tuned(planned: Callable) -> None:
+    plan = planned("method=dora", "data=text", "budget=r1", "adapter.rank=2", "train.learning_rate=0.1")
+    assert keys(plan) == {"train.learning_rate"}
+    assert plan["training"]["tuned_learning_rate"] == 0.002 and "data=text" in plan["warnings"][0]["what"]
 
 
 def test_a_mistake_leaves_stdout_empty(dora_train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert dora_train("method=dora", "budget=r9", "adapter.rank=2", "dry_run=json") == 2
-    assert dora_train("method=dora", "budget=r1", "dry_run=jsn") == 2
-    assert capsys.readouterr().out == ""
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ")
+    for value in ("jsn", "1"):
+        with pytest.raises(UserError, match=f"dry_run={value} is not") as refusal:
+            compose(["recipe=quickstart", f"dry_run={value}"], load_parts())
+        assert "false" in f"{refusal.value.message} {refusal.value.hint}"
