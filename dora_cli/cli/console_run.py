@@ -6,6 +6,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from rich.console import RenderableType
+
 from dora_cli.cli import run_folder
 from dora_cli.reporting.events import jsonable
 from dora_cli.reporting.plan_view import plan_view
@@ -30,12 +32,12 @@ def plan_text(plan: Plan) -> str:
     return plain(plan_view(plan.sections, plan.facts, with_modules=True))
 
 
-def print_end(out: Path, summary: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-    """What came out, and what to do with it; added to the log, too."""
+def logged_end(out: Path, summary: Mapping[str, Any], files: Mapping[str, Path]) -> RenderableType:
+    """What came out, and what to do with it, to be shown; it is added to the log here."""
     view = summary_view(summary, files, next_steps(out))
-    show(view)
     with (out / run_folder.LOG).open("a", encoding="utf-8") as log:
         print(plain(view), file=log)
+    return view
 
 
 def next_steps(out: Path) -> list[str]:

@@ -17,7 +17,7 @@ from dora_cli.checkpoints.merge import merge
 from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, put_back, save_checkpoint
 from dora_cli.cli import run_folder
-from dora_cli.cli.console_run import plan_text, print_end, print_plan
+from dora_cli.cli.console_run import logged_end, plan_text, print_plan
 from dora_cli.cli.lock import locked
 from dora_cli.cli.result_run import write_result
 from dora_cli.cli.signals import EXIT_CODES, Signals
@@ -27,7 +27,7 @@ from dora_cli.evaluation.predict import evaluate
 from dora_cli.evaluation.scorers import build_scorer
 from dora_cli.processes import ALONE, World
 from dora_cli.reporting.events import ALLOCATION, MetricsFile, jsonable, read_events
-from dora_cli.reporting.terminal import View
+from dora_cli.reporting.terminal import View, show
 from dora_cli.training.loop import Hooks, train
 from dora_cli.training.parallel import agree
 from dora_cli.training.plan import alive_word, describe
@@ -335,9 +335,10 @@ class _Run:
                 print(f"merged with the original weights, not the {report.quantization} ones that were trained on:")
                 print("  dora-merge base_weights=dequantised takes those")
         summary = summarise(self.session, self.progress, rss, device)
+        end = logged_end(self.out, summary, files | {"all files": self.out})
         # Last of all: a folder with a summary is a finished run.
         atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(jsonable(summary), indent=2) + "\n")
-        print_end(self.out, summary, files | {"all files": self.out})
+        show(end)
 
     def _write_ranks(self) -> None:
         """When the process ends: until then events stand in metrics.jsonl, and a long run has many."""

@@ -56,7 +56,7 @@ def describe(session: Session, out: str) -> Plan:
     if notes:
         sections["note"] = {str(i): text for i, text in enumerate(notes, start=1)}
     if warnings:
-        sections["warning"] = {str(i): f"{w.what}: {w.advice}" for i, w in enumerate(warnings, start=1)}
+        sections["warning"] = {str(i): f"{w.what}; {w.advice}" for i, w in enumerate(warnings, start=1)}
     return Plan(sections, known | {"notes": notes, "warnings": [asdict(w) for w in warnings]})
 
 
