@@ -23,7 +23,7 @@ from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text, sweep
 from dora_cli.checkpoints.base_folder import CONFIG, INDEX, SINGLE, copy_small_files, open_base, resolve_base
 from dora_cli.checkpoints.manifest import verify_if_listed, write_manifest
 from dora_cli.checkpoints.merge_plan import plan_merge
-from dora_cli.checkpoints.merged_config import merged_config, require_family
+from dora_cli.checkpoints.merged_config import DTYPE_NAMES, merged_config, require_family
 from dora_cli.checkpoints.packed_base import ORIGINAL, packed_base
 from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.safetensors_io import DTYPES, write_header
@@ -51,6 +51,7 @@ class MergeReport:
         bytes: of all written tensors.
         quantization: how the base was packed in training; null where it was not.
         base_weights: which were added to, ``original`` or ``dequantised``.
+        dtypes: of the written weights, by torch's names.
     """
 
     out: Path
@@ -65,6 +66,7 @@ class MergeReport:
     seconds: float
     quantization: str | None = None
     base_weights: str = ORIGINAL
+    dtypes: tuple[str, ...] = ()
 
 
 def merge(
@@ -142,6 +144,7 @@ def merge(
         seconds=time.perf_counter() - begin,
         quantization=adapter.quantization,
         base_weights=base_weights,
+        dtypes=tuple(sorted({DTYPE_NAMES[piece.dtype] for piece in pieces if piece.dtype in DTYPE_NAMES})),
     )
 
 

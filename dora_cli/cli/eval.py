@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from dora_cli.cli.help import eval_help
+from dora_cli.cli.help import EVAL_KEYS, eval_help
+from dora_cli.cli.key_help import explain_plain
 from dora_cli.cli.run import answered, guard, split_flags
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: list[str]) -> int:
     """Answer help and mistyped keys at once, then load what is slow and measure."""
     arguments = split_flags(argv, ("-h", "--help", "--version", "--config-dir"))
-    if answered(arguments, eval_help):
+    if answered(arguments, eval_help, lambda topic: explain_plain(topic, EVAL_KEYS, "dora-eval")):
         return 0
     own, rest = _split(arguments.overrides)
     from dora_cli.cli.eval_run import evaluate_checkpoint

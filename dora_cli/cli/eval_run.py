@@ -238,8 +238,10 @@ def _write(
         "rows": len(predictions),
         "metrics": metrics,
     }
+    replaced = (out / f"eval-{split}.json").exists()
     atomic_write_text(out / f"eval-{split}.json", json.dumps(jsonable(record), indent=2) + "\n")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
     atomic_write_text(out / f"predictions-{split}.jsonl", lines)
     print(f"{split}: {len(predictions):,} rows  " + "  ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
-    print(f"written to {out / f'eval-{split}.json'} and {out / f'predictions-{split}.jsonl'}")
+    print(f"  {out / f'eval-{split}.json'}{' (replaces an earlier one)' if replaced else ''}")
+    print(f"  {out / f'predictions-{split}.jsonl'}")

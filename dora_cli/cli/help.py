@@ -1,40 +1,62 @@
 """``--help``, without importing Hydra, OmegaConf or torch: it must answer in well under a second."""
 
+import os
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TextIO, get_type_hints
 
+from dora_cli.cli.part_keys import part_keys
 from dora_cli.config.recipes import offered, sentences
 from dora_cli.config.schema import MISSING, PART_GROUPS, Config
 from dora_cli.config.sweeps import LAUNCHERS, SWEEPERS
+from dora_cli.registry import part_table
 
 WIDTH = 80
 COLUMN = 30
 
-# The options of parts stand with their classes, which import torch; these are the ones that scripts may rely on.
-PART_KEYS = {
-    "adapter.rank": "components per module at the start; null: from the budget",
-    "adapter.alpha": "scale is alpha / start rank; null: scale 1",
-    "adapter.dropout": "dropout on the adapter's input",
-    "adapter.targets": "modules to adapt: a list, suffix or regex; null: all linear layers of the transformer",
-    "adapter.init_from": "run or adapter folder to start from",
-    "importance.beta": "smoothing of scores over steps",
-    "schedule.start": "first allocation event: a share of the run, or a step",
-    "schedule.end": "final choice of what lives: a share of the run, or a step",
-    "allocator.interval": "steps between allocation events",
-    "allocator.revive": "let pruned components return before the final choice",
-    "allocator.min_rank": "components that every module keeps",
-    "regularizer.weight": "weight of the regularizer in the loss",
-}
-EXIT_CODES = {
+EXIT_CODES: dict[str, str] = {
     "0": "success",
     "1": "a failure (full disk, no memory, a bug)",
     "2": "a mistake in the command or its files; nothing was written",
     "130, 143, 138, 129": "Ctrl-C, SIGTERM, SIGUSR1, SIGHUP: saved, resume=true goes on",
 }
+
+
+ENVIRONMENT = {
+    "NO_COLOR, FORCE_COLOR": "without colours, or with them in a pipe as well",
+    "HF_HUB_OFFLINE": "1: never reach for the network (as offline=true)",
+}
+MERGE_KEYS = {
+    "checkpoint": "run folder, or adapter folder",
+    "out": "folder for the merged model; must not hold one",
+    "base": "base model by hub name or folder; null: the one the adapter names",
+    "base_weights": "of a run on a quantised base: original, or dequantised as in training [original]",
+    "dtype": "auto, float32, bfloat16 or float16; auto keeps the base's [auto]",
+    "shard_size": "largest file [5GB]",
+}
+EVAL_KEYS = {
+    "checkpoint": "run folder, adapter folder, or model folder",
+    "recipe": "where task and data come from; null: the run's own",
+    "base": "base model by hub name or folder; null: the one the adapter names",
+    "model.quantization": "how the base is packed; left out: as in training, and a model not at all",
+    "split": "split to evaluate [validation]",
+    "data.path": "file or folder to evaluate on instead",
+    "out": "folder for the files; null: beside the checkpoint",
+    "harness": "tasks, groups or tags, e.g. [hellaswag,arc_easy]; * stands for anything",
+    "harness.limit": "only the first N rows of each task; null: all",
+    "harness.fewshot": "solved examples before each question; null: the task's own",
+    "harness.include_path": "folder with task files of your own",
+    "harness.chat_template": "ask in the words of the tokenizer's chat template [false]",
+}
+HELP_FLAGS = {
+    "-h, --help [KEY]": "this text; with a key, what it is and how it is set",
+    "--version": "the version",
+}
+CONFIG_DIR = {"--config-dir DIR": "look for recipes, models and data here first; may be repeated"}
 
 
 def train_help(folders: Sequence[Path]) -> str:
@@ -44,31 +66,48 @@ def train_help(folders: Sequence[Path]) -> str:
         [
             "usage: dora-train recipe=NAME_OR_FILE.yaml [budget=B] [method=M] [key=value …]",
             "",
-            *_wrap("Fine-tune a transformer while its adapter shrinks to a budget. Keys come in any order."),
+            *_wrap(
+                "Fine-tune a transformer while its adapter shrinks to a budget. A recipe names model, data, method and "
+                "their settings; keys change any of them, and come in any order. dry_run=true says what a run would do."
+            ),
             *_section("recipes (recipe=NAME)", sentences("recipe", folders)),
             *_section("methods (method=NAME)", sentences("method", folders)),
             *_section("a method is one answer to each of five questions; change one by GROUP=NAME", parts),
             *_section("keys (defaults in brackets)", _keys(Config)),
-            *_section("keys of parts (each part has its own default)", PART_KEYS),
+            *_section("keys of parts (defaults in brackets, and those of single parts by name)", _part_keys()),
             *_section(
                 "flags",
                 {
                     "-m, --multirun": "one run for each of budget=0.1,0.2 or seed=1,2,3; out is their parent",
-                    "--config-dir DIR": "look for recipes, models and data here first; may be repeated",
-                    "-h, --help": "this text",
-                    "--version": "the version",
+                    **CONFIG_DIR,
+                    **HELP_FLAGS,
                 },
             ),
             *_section("who runs and who proposes the jobs of -m, with keys (hydra.launcher.n_jobs=2)", _sweeps()),
+            *_section(
+                "files, in out",
+                {
+                    "config.yaml": "every value as it was used; recipe=OUT/config.yaml repeats the run",
+                    "adapter/": "the trained adapter and head, in PEFT's layout",
+                    "summary.json": "what came out; written last: with it a run is finished",
+                    "metrics.jsonl, ranks.json": "loss and metrics by step; what lives after each allocation event",
+                    "train.log": "the plan, every line of the run, and its end, as plain text",
+                    "checkpoints/": "from which resume=true goes on, exactly",
+                },
+            ),
             *_section("exit codes", EXIT_CODES),
+            *_section("environment", ENVIRONMENT),
             *_examples(
                 "dora-train recipe=glue_sst2 budget=0.1",
+                "dora-train recipe=glue_sst2 budget=r4 dry_run=true",
                 "dora-train recipe=glue_sst2 data.path=reviews.csv data.columns.text=review",
                 "dora-train recipe=mine.yaml method=adalora train.epochs=3 out=runs/try",
                 "dora-train -m recipe=glue_sst2 method=dora,lora seed=1,2,3",
                 "dora-train -m recipe=glue_sst2 seed=1,2,3,4 hydra/launcher=joblib",
                 "dora-train recipe=runs/try/config.yaml out=runs/again      (repeats a run)",
+                "dora-train --help schedule.start",
             ),
+            *_see_also("dora-recipes", "dora-merge", "dora-eval"),
         ]
     )
 
@@ -79,20 +118,27 @@ def merge_help() -> str:
         [
             "usage: dora-merge checkpoint=RUN_OR_ADAPTER out=DIR [key=value …]",
             "",
-            *_wrap("Add an adapter (PEFT's own, too) to its base model and write a plain transformers folder."),
+            *_wrap(
+                "Add an adapter (PEFT's own, too) to its base model and write a plain transformers folder. Weights are "
+                "read and written in pieces, so memory does not grow with the model."
+            ),
+            *_section("keys (defaults in brackets)", MERGE_KEYS),
+            *_section("flags", HELP_FLAGS),
             *_section(
-                "keys (defaults in brackets)",
+                "files, in out",
                 {
-                    "checkpoint": "run folder, or adapter folder",
-                    "out": "folder for the merged model; must not hold one",
-                    "base": "base model by hub name or folder; null: the one the adapter names",
-                    "base_weights": "of a run on a quantised base: original, or dequantised as in training [original]",
-                    "dtype": "auto, float32, bfloat16 or float16; auto keeps the base's [auto]",
-                    "shard_size": "largest file [5GB]",
+                    "model*.safetensors": "the merged weights, with an index where there are several files",
+                    "config.json, tokenizer files": "as the base has them, with the run's labels",
+                    "manifest.json": "size and SHA-256 of each file; checked when they are read",
                 },
             ),
             *_section("exit codes", EXIT_CODES),
-            *_examples("dora-merge checkpoint=runs/glue_sst2/dora-b0.1-s1 out=merged"),
+            *_section("environment", ENVIRONMENT),
+            *_examples(
+                "dora-merge checkpoint=runs/glue_sst2/dora-b0.1-s1 out=merged",
+                "dora-merge checkpoint=adapter base=FOLDER dtype=bfloat16 out=merged",
+            ),
+            *_see_also("dora-train", "dora-eval"),
         ]
     )
 
@@ -108,31 +154,96 @@ def eval_help() -> str:
                 "With harness=, a language model on tasks of EleutherAI's lm-evaluation-harness instead; write "
                 "eval-harness.json (pip install 'dora-cli[harness]')."
             ),
+            *_section("keys (defaults in brackets)", EVAL_KEYS),
+            *_wrap("and the other data.* keys, train.eval_batch_size, train.device, train.precision, offline", "  "),
+            *_section("flags", {**CONFIG_DIR, **HELP_FLAGS}),
             *_section(
-                "keys (defaults in brackets)",
+                "files, in out or beside the checkpoint",
                 {
-                    "checkpoint": "run folder, adapter folder, or model folder",
-                    "recipe": "where task and data come from; null: the run's own",
-                    "base": "base model by hub name or folder; null: the one the adapter names",
-                    "model.quantization": "how the base is packed; left out: as in training, and a model not at all",
-                    "split": "split to evaluate [validation]",
-                    "data.path": "file or folder to evaluate on instead",
-                    "out": "folder for the files; null: beside the checkpoint",
-                    "harness": "tasks, groups or tags, e.g. [hellaswag,arc_easy]; * stands for anything",
-                    "harness.limit": "only the first N rows of each task; null: all",
-                    "harness.fewshot": "solved examples before each question; null: the task's own",
-                    "harness.include_path": "folder with task files of your own",
-                    "harness.chat_template": "ask in the words of the tokenizer's chat template [false]",
+                    "eval-SPLIT.json": "metrics, and what was evaluated on what",
+                    "predictions-SPLIT.jsonl": "a row a line: its id or number, the prediction, the reference",
                 },
             ),
             *_section("exit codes", EXIT_CODES),
+            *_section("environment", ENVIRONMENT),
             *_examples(
                 "dora-eval checkpoint=runs/glue_sst2/dora-b0.1-s1",
                 "dora-eval checkpoint=runs/chat harness=[hellaswag,arc_easy] harness.limit=200",
                 "dora-eval checkpoint=merged recipe=glue_sst2 data.path=test.csv split=test",
             ),
+            *_see_also("dora-train", "dora-merge"),
         ]
     )
+
+
+def recipes_help() -> str:
+    """The text of ``dora-recipes --help``."""
+    return "\n".join(
+        [
+            "usage: dora-recipes [list [GROUP]]",
+            "       dora-recipes show NAME [key=value …]",
+            "       dora-recipes copy NAME to=FILE.yaml",
+            "       dora-recipes diff MINE [NAME]",
+            "       dora-recipes completion bash|zsh|fish",
+            "",
+            *_wrap(
+                "See what can be run, look into it, and make one's own of it. NAME is a recipe; a model, data or "
+                "method file is named with its group, such as method/dora. Recipes may also be files (mine.yaml)."
+            ),
+            *_section(
+                "commands",
+                {
+                    "list [GROUP]": "recipes, or what GROUP offers: method, model, data, or one of the five parts",
+                    "show NAME": "the whole configuration that a recipe comes to, each value with where it stands; of "
+                    "method/dora and the like the file",
+                    "copy NAME to=FILE": "write a copy to edit; never over a file that is there",
+                    "diff MINE [NAME]": "what a recipe, or a run's config.yaml, changes of the one it was made from",
+                    "completion SHELL": "print what makes TAB complete keys, names and files",
+                },
+            ),
+            *_section("flags", {**CONFIG_DIR, **HELP_FLAGS}),
+            *_section("exit codes", {code: EXIT_CODES[code] for code in ("0", "1", "2")}),
+            *_section("environment", ENVIRONMENT),
+            *_examples(
+                "dora-recipes list method",
+                "dora-recipes show glue_sst2 method=lora",
+                "dora-recipes copy glue_sst2 to=mine.yaml",
+                "dora-recipes diff mine.yaml",
+                "dora-recipes diff runs/try/config.yaml glue_sst2",
+                'eval "$(dora-recipes completion bash)"        (in ~/.bashrc)',
+            ),
+            *_see_also("dora-train"),
+        ]
+    )
+
+
+def styled(text: str, *, color: bool) -> str:
+    """Help with its headings in bold, where that is wanted."""
+    if not color:
+        return text
+    return re.sub(r"^(usage:|(?! ).+:$)", "\033[1m\\1\033[0m", text, flags=re.MULTILINE)
+
+
+def wants_color(stream: TextIO) -> bool:
+    """By what is usual: NO_COLOR is no, FORCE_COLOR is yes, else a terminal that is not a dumb one."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
+
+
+def _part_keys() -> dict[str, str]:
+    """Key → sentence, the parts that read it where they are few, and the default, with the parts that differ."""
+    found = {}
+    for group in PART_GROUPS:
+        everyone = len(part_table(group))
+        for name, key in part_keys(group).items():
+            values = [shown(value) for value in key.defaults.values()]
+            usual = max(values, key=values.count)
+            others = [f"{part} {shown(value)}" for part, value in key.defaults.items() if shown(value) != usual]
+            readers = f" ({', '.join(key.defaults)})" if len(values) <= 3 and len(values) < everyone else ""
+            default = f" [{', '.join([usual, *others])}]" if usual != "null" or others else ""
+            found[name] = f"{key.meta['help']}{readers}{default}"
+    return found
 
 
 def _keys(schema: type, prefix: str = "") -> dict[str, str]:
@@ -144,9 +255,8 @@ def _keys(schema: type, prefix: str = "") -> dict[str, str]:
             continue
         default: Any = f.default if f.default is not NO_DEFAULT else None
         options = f.metadata.get("choices")
-        text = f.metadata["help"] + (f" ({', '.join(options)})" if options else "")
-        shown = str(default).lower() if isinstance(default, bool) else str(default)
-        found[prefix + f.name] = text if default in (None, MISSING) else f"{text} [{shown}]"
+        text = f.metadata["help"] + (f" ({', '.join(map(shown, options))})" if options else "")
+        found[prefix + f.name] = text if default is None or default == MISSING else f"{text} [{shown(default)}]"
     return found
 
 
@@ -167,19 +277,33 @@ def _wrap(text: str, indent: str = "") -> list[str]:
 
 
 def _section(title: str, rows: Mapping[str, str]) -> list[str]:
-    """A title and two columns; a name too long for its column gets a line of its own."""
-    if not rows:
-        return []
-    lines = ["", *_wrap(title + ":")]
-    column = min(COLUMN, max(len(name) for name in rows) + 4)
+    """A title and two columns."""
+    return ["", *_wrap(title + ":"), *columns(rows)] if rows else []
+
+
+def columns(rows: Mapping[str, str], indent: str = "  ", column: int = COLUMN) -> list[str]:
+    """Names and sentences in two columns; a name too long for its column gets a line of its own."""
+    column = min(column, max(map(len, rows), default=0) + 2 + len(indent))
+    lines = []
     for name, text in rows.items():
         texts = textwrap.wrap(text, WIDTH - column) or [""]
-        if len(name) > column - 4:
-            lines.append(f"  {name}")
+        if len(name) + len(indent) + 2 > column:
+            lines.append(f"{indent}{name}")
         else:
-            lines.append(f"  {name}".ljust(column) + texts.pop(0))
+            lines.append(f"{indent}{name}".ljust(column) + texts.pop(0))
         lines += [" " * column + text for text in texts]
-    return lines
+    return [line.rstrip() for line in lines]
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def _see_also(*commands: str) -> Iterable[str]:
+    return ["", "see also:", f"  {', '.join(f'{command} --help' for command in commands)}"]
 
 
 def _examples(*lines: str) -> Iterable[str]:

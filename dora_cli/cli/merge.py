@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dora_cli.cli.help import merge_help
+from dora_cli.cli.help import MERGE_KEYS, merge_help
+from dora_cli.cli.key_help import explain_plain
 from dora_cli.cli.run import answered, guard, split_flags
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def merge(argv: list[str]) -> int:
     """Answer help and mistyped keys at once, then load what is slow and merge."""
     arguments = split_flags(argv, ("-h", "--help", "--version"))
-    if answered(arguments, merge_help):
+    if answered(arguments, merge_help, lambda topic: explain_plain(topic, MERGE_KEYS, "dora-merge")):
         return 0
     options: dict[str, Any] = {**parse(arguments.overrides)}
     from dora_cli.checkpoints.merge import merge as merge_files
@@ -74,6 +75,8 @@ def describe(report: "MergeReport") -> str:
             word, content = "rank", _count(sum(adapted), "component")
         span = f"{word} {min(adapted)}" if len(set(adapted)) == 1 else f"{word}s {min(adapted)} to {max(adapted)}"
         lines.append(f"  adapter  {_count(len(adapted), 'module')}, {span}, {content}")
+    if report.dtypes:
+        lines.append(f"  dtype    {', '.join(report.dtypes)}")
     if report.head:
         lines.append(f"  head     {_count(len(report.head), 'tensor')} as trained ({_few(report.head)})")
     if report.tokens:

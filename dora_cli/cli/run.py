@@ -4,8 +4,10 @@ Exit codes (DESIGN 3): 0 success, 2 a user's mistake, 1 anything else, 130 and 1
 """
 
 import atexit
+import codecs
 import errno
 import gc
+import logging
 import os
 import re
 import shutil
@@ -38,6 +40,7 @@ FORESEEN = {
     errno.EISDIR: "a file is to be there: move the folder out of the way",
     errno.ENOTDIR: "a folder is to be there: move the file out of the way",
 }
+ASCII = {"→": "->", "×": "x", "…": "...", "−": "-", "·": "*", "⇒": "=>", "’": "'", "±": "+-", "≤": "<=", "≥": ">="}
 FLAGS = {
     "-h": "help",
     "--help": "help",
@@ -46,6 +49,33 @@ FLAGS = {
     "--multirun": "multirun",
     "--config-dir": "config_dirs",
 }
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """What a stream prints instead of characters that its encoding does not have."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(ASCII.get(character, "?") for character in text), error.end
+
+
+codecs.register_error("in_ascii", _in_ascii)
+
+
+class HubRetries(logging.Filter):
+    """Of the two lines that the hub's client says at each of many tries one remains, and it says what can be done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "thrown while requesting" not in text and not text.startswith("Retrying in"):
+            return True
+        if not self.said:
+            print("the hub does not answer; trying for a minute (offline=true uses what is here)", file=sys.stderr)
+        self.said = True
+        return False
 
 
 class Terminated(BaseException):
@@ -90,14 +120,27 @@ def split_flags(argv: Sequence[str], accepted: Sequence[str] = tuple(FLAGS)) -> 
     return Arguments(overrides, config_dirs, "help" in seen, "version" in seen, "multirun" in seen)
 
 
-def answered(arguments: Arguments, help_text: Callable[[], str]) -> bool:
-    """Print the version or the help where that is all that is asked for; says whether it was."""
+def answered(arguments: Arguments, help_text: Callable[[], str], explain: Callable[[str], str] | None = None) -> bool:
+    """Print the version or the help where that is all that is asked for; says whether it was.
+
+    Args:
+        arguments: of the command.
+        help_text: all of the help.
+        explain: gives the help for one word beside ``--help`` that is no ``key=value``.
+
+    Raises:
+        UserError: there is nothing to explain by that word.
+    """
     if arguments.version:
         from dora_cli import __version__
 
         print(f"dora-cli {__version__}")
     elif arguments.help:
-        print(help_text())
+        from dora_cli.cli.help import styled, wants_color
+
+        topics = [word for word in arguments.overrides if "=" not in word.rstrip("=")] if explain else []
+        texts = [explain(topic) for topic in topics] if explain else []
+        print(styled("\n\n".join(texts) or help_text(), color=wants_color(sys.stdout)))
     return arguments.version or arguments.help
 
 
@@ -110,7 +153,8 @@ def guard(function: Callable[[list[str]], int | None], argv: Sequence[str] | Non
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows no "→" must not turn help into a traceback
+            stream.reconfigure(errors="in_ascii")  # a terminal that knows no "→" must not turn help into a traceback
+    logging.getLogger("huggingface_hub.utils._http").addFilter(HubRetries())
     atexit.register(gc.freeze)  # else Python walks through all that the libraries made once more, for a second
     try:
         with _sigterm_raises():

@@ -184,7 +184,7 @@ def read(overrides: Sequence[str], config_dirs: Sequence[str] = (), *, search: b
     Raises:
         UserError: nothing to sweep over, several sweeps of ``out``, a mistyped name.
     """
-    from dora_cli.cli.help import PART_KEYS
+    from dora_cli.cli.part_keys import part_keys
     from dora_cli.config.check import Key, check_range, check_type, find_key, known_keys
     from dora_cli.config.layers import Layer, find_recipe
     from dora_cli.config.overrides import Interval, parse_sweep, split, sweep_values
@@ -212,7 +212,7 @@ def read(overrides: Sequence[str], config_dirs: Sequence[str] = (), *, search: b
             is_text = key in keys and keys[key].is_text
             axes[key] = sweep_values(key, text, is_text=is_text, folders=folders, search=search) or [text]
     # A mistyped key is one message, not one a job. The options of parts are known only to the jobs, which import torch.
-    documented = keys | {key: Key(key, str) for key in PART_KEYS}
+    documented = keys | {key: Key(key, str) for group in PART_GROUPS for key in part_keys(group)}
     for key in (*fixed, *axes):
         if key not in GROUPS and key.split(".")[0] not in PART_GROUPS:
             find_key(key, documented)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dora_cli.cli.help import train_help
+from dora_cli.cli.key_help import explain
 from dora_cli.cli.run import Arguments, answered, guard, split_flags
 from dora_cli.config.recipes import check_names, search_folders
 from dora_cli.errors import UserError
@@ -29,7 +30,7 @@ def train(argv: list[str]) -> int:
     """Answer help and mistyped names at once, then load what is slow and run."""
     arguments = split_flags(argv)
     folders = search_folders(arguments.config_dirs)
-    if answered(arguments, lambda: train_help(folders)):
+    if answered(arguments, lambda: train_help(folders), explain):
         return 0
     if arguments.multirun:
         from dora_cli.cli.sweep import sweep

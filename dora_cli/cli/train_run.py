@@ -17,6 +17,7 @@ from dora_cli.checkpoints.merge import merge
 from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, put_back, save_checkpoint
 from dora_cli.cli import run_folder
+from dora_cli.cli.console_run import logged_end, plan_text, print_plan
 from dora_cli.cli.lock import locked
 from dora_cli.cli.result_run import write_result
 from dora_cli.cli.signals import EXIT_CODES, Signals
@@ -26,7 +27,7 @@ from dora_cli.evaluation.predict import evaluate
 from dora_cli.evaluation.scorers import build_scorer
 from dora_cli.processes import ALONE, World
 from dora_cli.reporting.events import ALLOCATION, MetricsFile, jsonable, read_events
-from dora_cli.reporting.terminal import View, print_plan, print_summary
+from dora_cli.reporting.terminal import View, show
 from dora_cli.training.loop import Hooks, train
 from dora_cli.training.parallel import agree
 from dora_cli.training.plan import alive_word, describe
@@ -58,7 +59,7 @@ def run(composed: Composed, world: World = ALONE, built: Callable[[Session], obj
         session = _ready(composed, None, world)
         built(session)
         if world.is_main:
-            print_plan(describe(session, str(out)))
+            print_plan(describe(session, str(out)), config.dry_run)
         return 0
     with ExitStack() as stack:
         claim = _Claim(composed, out, stack)
@@ -72,7 +73,7 @@ def run(composed: Composed, world: World = ALONE, built: Callable[[Session], obj
         progress = _restored(session, claim.checkpoint) if resumes else Progress()
         if not world.is_main:
             return _follow(session, progress)
-        return _Run(session, out, claim.checkpoint, claim.messages, progress).go()
+        return _Run(session, out, claim.checkpoint, claim.messages, progress, claim.plan).go()
 
 
 class _Claim:
@@ -87,6 +88,7 @@ class _Claim:
         self.there = self.held = False
         self.checkpoint: Path | None = None
         self.messages: list[str] = []
+        self.plan = ""  # its text, for the log
 
     def look(self) -> tuple[bool, bool]:
         """Returns whether the run is finished already, and whether it goes on from a checkpoint.
@@ -113,7 +115,10 @@ class _Claim:
     def take(self, session: Session) -> None:
         """Say what is going to be done, and have the folder: it is made when all that can be known was looked at."""
         out = self.out
-        print_plan(describe(session, str(out)))
+        plan = describe(session, str(out))
+        self.plan = plan_text(plan)
+        if self.checkpoint is None:  # who goes on has seen it
+            print_plan(plan)
         if not self.there:
             out.mkdir(parents=True, exist_ok=True)
             self.held = self.stack.enter_context(locked(out))
@@ -220,6 +225,7 @@ class _Run:
         checkpoint: Path | None = None,
         messages: Sequence[str] = (),
         progress: Progress | None = None,
+        plan: str = "",
     ) -> None:
         self.session, self.out, self.progress = session, out, progress or Progress()
         self.signals = Signals(lambda text: self.view.line(text), alone=session.world.alone and session.traffic is None)
@@ -232,7 +238,7 @@ class _Run:
         atomic_write_text(out / run_folder.CONFIG, session.composed.yaml)
         if checkpoint is not None:
             put_back(checkpoint, out / run_folder.ADAPTER)  # the best so far, or the last
-            self.messages.append(f"resuming from {checkpoint}")
+            self.messages.append(f"resuming from {checkpoint}; the plan is in {run_folder.LOG}")
         # The checkpoint's own copy ends where it was written, and is known to be whole.
         self.metrics = MetricsFile(out / run_folder.METRICS, checkpoint and checkpoint / run_folder.METRICS)
         self.view = View(
@@ -243,8 +249,10 @@ class _Run:
             metric=session.task.metric_names[0],
             log=out / run_folder.LOG,
             first_step=self.progress.step,
+            final_step=session.allocation.final_step,
             word=alive_word(session),
         )
+        self.view.log(plan)
 
     def go(self) -> int:
         hooks = Hooks(
@@ -332,7 +340,7 @@ class _Run:
         atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(jsonable(summary), indent=2) + "\n")
         if self._write_report():
             files["report"] = self.out / run_folder.REPORT
-        print_summary(summary, files | {"all files": self.out})
+        show(logged_end(self.out, summary, files | {"all files": self.out}))
 
     def _write_report(self) -> bool:
         if not self.session.config.save.report:

@@ -36,7 +36,10 @@ class Key:
 
     @property
     def is_text(self) -> bool:
-        return str in _alternatives(self.hint) and Any not in _alternatives(self.hint)
+        kinds = _alternatives(self.hint)
+        return (
+            str in kinds and Any not in kinds and bool not in kinds
+        )  # true or "true": Hydra's grammar tells them apart
 
 
 def known_keys(schema: type, prefix: str = "") -> dict[str, Key]:
@@ -121,7 +124,9 @@ def check_type(key: Key, value: Any, where: str | None = None) -> None:
                 )
     number_for_truth = bool in kinds and isinstance(value, (int, float)) and not isinstance(value, bool)
     if number_for_truth or not _takes(key.hint, value):
-        raise UserError(f"{key.name}={show(value)} is not {describe(key.hint)}", where=where)
+        offered = ", ".join(map(show, key.meta.get("choices", ())))
+        what = f"one of {offered}" if offered and bool in kinds else describe(key.hint)
+        raise UserError(f"{key.name}={show(value)} is not {what}", where=where)
 
 
 def _takes(hint: Any, value: Any) -> bool:
@@ -190,7 +195,7 @@ def check_range(key: Key, value: Any, where: str | None = None) -> None:
     if value is None:
         return
     if "choices" in meta and value not in meta["choices"]:
-        hint = did_you_mean(str(value), map(str, meta["choices"]))
+        hint = did_you_mean(str(value), map(show, meta["choices"]))
         raise UserError(f"{shown} is not offered", where=where, hint=hint)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return

@@ -18,8 +18,9 @@ from dora_cli.config import record
 from dora_cli.config.check import Key, check_config, check_range, check_type, find_key, known_keys, show
 from dora_cli.config.layers import Layer, Recipe, find_recipe, opened
 from dora_cli.config.overrides import Override, parse
-from dora_cli.config.recipes import GROUPS, check_choice, missing_recipe, search_folders
+from dora_cli.config.recipes import GROUPS, check_choice, choices, missing_recipe, search_folders
 from dora_cli.config.schema import PART_GROUPS, Config, part_defaults, part_schema
+from dora_cli.config.sources import read
 from dora_cli.errors import UserError
 
 Parts = Mapping[str, Mapping[str, type]]  # group → name → the part's dataclass
@@ -30,7 +31,9 @@ class Composed:
     """One run's configuration.
 
     ``parts`` holds the five built parts and ``names`` their names, by group; ``dropped`` says which options from files
-    the chosen parts do not read; ``yaml`` is the text of ``RUN/config.yaml``.
+    the chosen parts do not read; ``yaml`` is the text of ``RUN/config.yaml``; ``tuned`` holds by key what was tuned for
+    this pair of data and method, whether it is used or not; ``origin`` says by key where its last value stands (None:
+    on the command line), and holds no key that has its default.
     """
 
     config: Config
@@ -40,15 +43,21 @@ class Composed:
     method: str
     dropped: list[str]
     yaml: str
+    data: str
+    tuned: dict[str, Any]
+    origin: dict[str, str | None]
 
 
-def compose(overrides: Sequence[str], parts: Parts, config_dirs: Iterable[str | Path] = ()) -> Composed:
+def compose(
+    overrides: Sequence[str], parts: Parts, config_dirs: Iterable[str | Path] = (), *, to_run: bool = True
+) -> Composed:
     """Compose and check the configuration of one run. Changes no folder and no global state of Hydra's.
 
     Args:
         overrides: command-line overrides, ``recipe=`` among them.
         parts: the parts that may be chosen; ``config`` itself does not import them.
         config_dirs: the user's own folders of recipes and group files; they win over the shipped ones.
+        to_run: whether it is to be one run; else it may lack data, or be a sweep, and is only to be looked at.
 
     Raises:
         UserError: anything that the user can put right, with file and line where it comes from a file.
@@ -70,7 +79,8 @@ def compose(overrides: Sequence[str], parts: Parts, config_dirs: Iterable[str | 
     with opened(recipe, schema, folders, [o.line for o in typed if o.key != "recipe"]) as composition:
         layers = composition.layers()
         origin = _check_leaves(layers, typed, keys)
-        _check_sweep(layers, typed, recipe)
+        if to_run:
+            _check_sweep(layers, typed, recipe)
         cfg = composition.config()
 
     picked: dict[str, str] = dict(cfg.hydra.runtime.choices)
@@ -89,12 +99,15 @@ def compose(overrides: Sequence[str], parts: Parts, config_dirs: Iterable[str | 
         dropped += unread
     config = Config(**{f.name: getattr(root, f.name) for f in fields(Config)})
     _expand_home(config)
-    check_config(config, origin.get)
+    if to_run:
+        check_config(config, origin.get)
 
     selected = {"model": picked["model"], "data": picked["data"], **names, "method": picked["method"]}
     folders_typed = [word for folder in config_dirs for word in ("--config-dir", str(folder))]
     text = record.write(recipe.name, selected, values, [*overrides, *folders_typed])
-    return Composed(config, built, names, recipe.name, picked["method"], dropped, text)
+    tuned = choices("tuned", folders).get(f"{picked['data']}/{picked['method']}")
+    best = {leaf.key: leaf.value for leaf in read(tuned).leaves} if tuned else {}
+    return Composed(config, built, names, recipe.name, picked["method"], dropped, text, picked["data"], best, origin)
 
 
 def root_schema(parts: Parts) -> type:

@@ -145,7 +145,9 @@ class Config:
     out: str | None = key(None, "run folder; null: runs/RECIPE/METHOD-bBUDGET-sSEED")
     resume: bool = key(False, "go on from the newest whole checkpoint in out")
     overwrite: bool = key(False, "replace a finished run in out")
-    dry_run: bool = key(False, "print the plan and train nothing")
+    dry_run: bool | str = key(
+        False, "print the plan, as text or as JSON, and train nothing", choices=(False, True, "json")
+    )
     offline: bool = key(False, "never reach for the network")
     export: str = key("exact", "adapter layout: exact ranks per module, or one for all", choices=("exact", "uniform"))
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -4,12 +4,13 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -48,6 +49,11 @@ def to_whoever_looks() -> Iterator[None]:
 
 
 class _Console(Console):
+    @property
+    def draws(self) -> bool:
+        """Whether lines can be drawn over: with FORCE_COLOR a pipe is a terminal to rich, and gets colours alone."""
+        return self.file.isatty() and not self.is_dumb_terminal
+
     def on_broken_pipe(self) -> None:
         """Rich would end the process."""
         raise
@@ -64,7 +70,7 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = _Console(highlight=False)
-    bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
+    bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.draws)
     number = bar.add_task(what, total=total)
 
     def advance(done: int) -> None:
@@ -90,6 +96,9 @@ class View:
         final_units: what the budget leaves, as text.
         metric: name of the metric that chooses the best.
         log: file for plain lines, or None.
+        first_step: the step to go on from.
+        final_step: the step of the final choice of what lives; 0 where none is made.
+        word: what the count of units says of them.
     """
 
     def __init__(
@@ -102,6 +111,7 @@ class View:
         metric: str,
         log: Path | None,
         first_step: int = 0,
+        final_step: int = 0,
         word: str = "alive",
     ) -> None:
         self.console = _Console(highlight=False)
@@ -109,6 +119,7 @@ class View:
         self.start_units, self.most_units, self.word = start_units, most_units, word
         self.log_file: TextIO | None = log.open("a", encoding="utf-8") if log else None
         self.first_step = self.step = first_step
+        self.final_step = final_step
         self.started = time.monotonic()
         self.record: dict[str, Any] = {}
         self.latest: dict[str, Any] | None = None
@@ -116,7 +127,7 @@ class View:
         self.live: Live | None = None
 
     def __enter__(self) -> "View":
-        if self.console.is_terminal:
+        if self.console.draws:
             self.live = Live(self._panel(), console=self.console, auto_refresh=False)
             with to_whoever_looks():
                 self.live.start()
@@ -133,8 +144,7 @@ class View:
 
     def line(self, text: str) -> None:
         """One sentence: above the live panel, or as a plain line; and in the log file."""
-        if self.log_file is not None:
-            print(text, file=self.log_file, flush=True)
+        self.log(text)
         with to_whoever_looks():
             if self.live is not None:
                 self.live.console.print(Text(text))
@@ -147,15 +157,21 @@ class View:
         if self.live is not None:
             with to_whoever_looks():
                 self.live.update(self._panel(), refresh=True)
-            self._log_only(self._train_line())
+            self.log(self._train_line())
         else:
             self.line(self._train_line())
 
     def event(self, record: Mapping[str, Any]) -> None:
+        """In the log each; elsewhere the final choice alone, since lines of training say how many units there are."""
         self.record["alive"] = record["alive"]
-        self._log_only(
-            f"step {record['step']}  allocation: {record['alive']} units {self.word}, budget {record['budget']}"
-        )
+        if record["step"] != self.final_step:
+            self.log(
+                f"step {record['step']}  allocation: {record['alive']} units {self.word}, budget {record['budget']}"
+            )
+            return
+        ranks = record["ranks"].values()
+        where = f" in {sum(rank > 0 for rank in ranks)} of {len(ranks)} modules" if ranks else ""
+        self.line(f"step {record['step']}/{self.total}  final choice: {record['alive']} units {self.word}{where}")
 
     def evaluated(self, record: Mapping[str, Any], better: bool) -> None:
         self.latest = dict(record)
@@ -219,30 +235,43 @@ class View:
             facts.append(f"→ {self.final_units}")
         return Panel(Group(bar, Text("   ".join(facts))), title="dora-train", title_align="left")
 
-    def _log_only(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """One or more lines, in the log file alone."""
         if self.log_file is not None:
             print(text, file=self.log_file, flush=True)
 
 
-def print_plan(sections: Mapping[str, Mapping[str, str]]) -> None:
-    """The plan as aligned lines: section → key → text."""
+def show(what: RenderableType) -> None:
+    """Print something that is laid out: on a terminal with its styles, in a pipe plain, without blanks at the end."""
     console = _Console(highlight=False)
-    for title, rows in sections.items():
-        table = Table.grid(padding=(0, 2))
-        table.add_column(width=14, style="dim")
-        table.add_column(overflow="fold")
-        for key, value in rows.items():
-            table.add_row(Text(key), Text(value, overflow="fold"))  # brackets are no markup here
-        with to_whoever_looks():
-            console.print(Text(title, style="bold"))
-            console.print(table)
-            sys.stdout.flush()
+    with to_whoever_looks():
+        if console.is_terminal:
+            console.print(what)
+        else:
+            print(plain(what, console.width))
+        sys.stdout.flush()
 
 
-def print_summary(summary: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-    """The closing table: what came out, what is left of the budget, and where the files are."""
-    console = _Console(highlight=False)
-    table = Table(show_header=False, box=None, padding=(0, 2))
+def plain(what: RenderableType, width: int = 80) -> str:
+    """The text of something that is laid out: no control codes, no blanks at the end of lines."""
+    file = StringIO()
+    Console(file=file, width=width, height=25, color_system=None, force_terminal=False, highlight=False).print(what)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def room() -> tuple[int, bool]:
+    """The columns that stdout has, and whether it can print blocks."""
+    console = _Console()
+    try:
+        "█▁─".encode(console.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return console.width, False
+    return console.width, True
+
+
+def summary_view(summary: Mapping[str, Any], files: Mapping[str, Path], next_steps: Sequence[str]) -> RenderableType:
+    """The closing table: what came out, what is left of the budget, where the files are, and what to do with them."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for split, metrics in summary["metrics"].items():
@@ -264,14 +293,13 @@ def print_summary(summary: Mapping[str, Any], files: Mapping[str, Path]) -> None
     )
     for name, path in files.items():
         table.add_row(name, Text(str(path), overflow="fold"))
-    with to_whoever_looks():
-        console.print(table)
-        sys.stdout.flush()
+    for i, command in enumerate(next_steps):
+        table.add_row("" if i else "next", Text(command, overflow="fold"))
+    return table
 
 
 def print_scores(scores: Iterable[tuple[str, str, float, float | None, int]]) -> None:
     """A table of (task, metric, value, standard error, rows); a task's name stands once."""
-    console = _Console(highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("task", "metric"):
         table.add_column(name, overflow="fold", header_style="dim")
@@ -282,6 +310,4 @@ def print_scores(scores: Iterable[tuple[str, str, float, float | None, int]]) ->
         shown = "" if task == before else task
         table.add_row(shown, metric, number(value), "" if error is None else number(error), f"{rows:,}" if rows else "")
         before = task
-    with to_whoever_looks():
-        console.print(table)
-        sys.stdout.flush()
+    show(table)

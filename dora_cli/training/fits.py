@@ -61,6 +61,24 @@ def need(estimate: MemoryEstimate, base: Base, batch_size: int, devices: int, *,
     return held + estimate.trained + activations
 
 
+@dataclass(frozen=True)
+class Way:
+    """So many devices, and the bytes that each of them needs."""
+
+    devices: int
+    sharded: bool
+    each: int
+
+    def __str__(self) -> str:
+        what = f"{self.devices} device" + ("s" if self.devices > 1 else "") + (", train.shard=full" * self.sharded)
+        return f"{what} ({memory_size(self.each)} each)"
+
+
+def memory_size(n: int) -> str:
+    """Bytes for people: in GiB, and below one in MiB."""
+    return f"{n / GB:,.1f} GiB" if n >= GB else f"{max(1, round(n / 2**20)):,} MiB"
+
+
 def fits(estimate: MemoryEstimate, base: Base, batch_size: int, frugal: MemoryEstimate | None = None) -> dict[str, str]:
     """For the plan: size → the fewest devices of that size, and how much each of them needs.
 
@@ -71,14 +89,15 @@ def fits(estimate: MemoryEstimate, base: Base, batch_size: int, frugal: MemoryEs
         frugal: the estimate with gradient checkpointing; shown where it makes a difference.
     """
     found = {}
+    most = max(n for n in DEVICES if n <= batch_size)
+    why = "" if most == DEVICES[-1] else f" (of train.batch_size={batch_size} each needs a row)"
     for size in SIZES:
-        text = _ways(estimate, base, batch_size, size)
-        less = _ways(frugal, base, batch_size, size) if frugal is not None else text
-        most = max(n for n in DEVICES if n <= batch_size)
-        why = "" if most == DEVICES[-1] else f" (of train.batch_size={batch_size} each needs a row)"
-        found[f"{size} GB"] = text or f"more than {most} device{'s' if most > 1 else ''}{why}"
-        if less and less.split(" (")[0] != text.split(" (")[0]:
-            found[f"{size} GB"] += f"; by train.gradient_checkpointing=true {less}"
+        there = ways(estimate, base, batch_size, size)
+        less = ways(frugal, base, batch_size, size) if frugal is not None else there
+        text = ", or ".join(map(str, there)) or f"more than {most} device{'s' if most > 1 else ''}{why}"
+        if less and [(w.devices, w.sharded) for w in less[:1]] != [(w.devices, w.sharded) for w in there[:1]]:
+            text += "; by train.gradient_checkpointing=true " + ", or ".join(map(str, less))
+        found[f"{size} GB"] = text
     return found
 
 
@@ -87,16 +106,16 @@ def fits_alone(estimate: MemoryEstimate, base: Base) -> bool:
     return need(estimate, base, 1, 1, sharded=False) <= USABLE * SIZES[0] * GB
 
 
-def _ways(estimate: MemoryEstimate, base: Base, batch_size: int, size: int) -> str:
-    """The fewest devices, and fewer of them where the base is sharded; empty where there is no way."""
-    texts: list[str] = []
+def ways(estimate: MemoryEstimate, base: Base, batch_size: int, size: int) -> list[Way]:
+    """On how many devices of ``size`` GB the run fits: the fewest, and before them fewer where the base is sharded;
+    empty where there is no way."""
+    found: list[Way] = []
     fewest = DEVICES[-1] + 1
     for sharded in (False, True) if base.splits else (False,):
         for n in DEVICES[sharded:]:
             each = need(estimate, base, batch_size, n, sharded=sharded)
             if n < fewest and n <= batch_size and each <= USABLE * size * GB:
                 fewest = n
-                what = f"{n} device" + ("s" if n > 1 else "") + (", train.shard=full" if sharded else "")
-                texts.insert(0, f"{what} ({each / GB:,.1f} GiB each)")
+                found.insert(0, Way(n, sharded, each))
                 break
-    return ", or ".join(texts)
+    return found

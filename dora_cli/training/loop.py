@@ -53,8 +53,8 @@ def train(session: Session, progress: Progress, hooks: Hooks) -> str | None:
     """
     config, model, task, device = session.config.train, session.model, session.task, session.device
     total, accumulation = session.total_steps, config.accumulation
-    evaluate_every = _every(config.eval_every, total, session.steps_per_epoch)
-    save_every = _every(config.save_every, total, session.steps_per_epoch)
+    evaluate_every = every_steps(config.eval_every, total, session.steps_per_epoch)
+    save_every = every_steps(config.save_every, total, session.steps_per_epoch)
     stream = session.micro_batches(progress.step * accumulation)
     meter = _Meter(device, progress)
     # torch says so where the very first step is skipped; the rate goes by the step's number, taken or not.
@@ -244,7 +244,7 @@ def _better(session: Session, new: float, old: float) -> bool:
     return old != old or (new > old if session.task.higher_is_better else new < old)
 
 
-def _every(value: int | float | None, total: int, epoch: int | None) -> int:
+def every_steps(value: int | float | None, total: int, epoch: int | None) -> int:
     """Steps between evaluations or checkpoints: as said, a share of the run, or an epoch; a tenth of the run where an
     epoch has no known length."""
     if value is None:

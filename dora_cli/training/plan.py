@@ -1,18 +1,20 @@
 """What a run is going to do, said before it does it; ``dry_run=true`` stops here."""
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from dora_cli.adapters.base import AdapterLayer, linear_shape
 from dora_cli.allocation.allocators.kill_and_revive import traffic
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.sources import buffer_size
 from dora_cli.models.quantised import held_bytes, weight_count
+from dora_cli.training.doubts import doubts
 from dora_cli.training.examples import examples
-from dora_cli.training.fits import fits, fits_alone, frozen_base
+from dora_cli.training.facts import Facts, adapter_parameters, facts
+from dora_cli.training.fits import SIZES, fits, fits_alone, frozen_base, ways
 from dora_cli.training.memory import NoEstimate, estimate
-from dora_cli.training.optim import warmup_steps
 from dora_cli.training.setup import Session
 
 CPU_INFO = Path("/proc/cpuinfo")  # Linux
@@ -21,27 +23,41 @@ CPU_INFO = Path("/proc/cpuinfo")  # Linux
 Sections = dict[str, dict[str, str]]
 
 
-def describe(session: Session, out: str) -> Sections:
-    """Section → key → text, every number resolved."""
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run, twice: ``sections`` in words (section → key → text, every number resolved), and ``facts`` in
+    numbers, as JSON can hold them."""
+
+    sections: Sections
+    facts: Facts
+
+
+def describe(session: Session, out: str) -> Plan:
+    """Say what is going to be done. A dry run adds memory, which takes seconds to estimate, and two inputs."""
+    dry = bool(session.config.dry_run)
+    known = facts(session, out)
     sections = {
         "run": _run(session, out),
         "data": _data(session),
         "model": _model(session),
-        "adapter": _adapter(session),
+        "adapter": _adapter(session, known["adapter"]),
     }
-    if session.allocation.allocator.scores:
-        sections["schedule"] = _schedule(session)
-    sections["training"] = _training(session)
+    if known["schedule"]:
+        sections["schedule"] = _schedule(session, known["schedule"])
+    sections["training"] = _training(known["training"])
+    known |= {"memory": None, "examples": examples(session) if dry else {}}
     if session.config.train.base == "apart":
         sections["apart"] = _apart(session)
-    elif session.config.dry_run:
-        sections |= _memory(session)
-    if session.config.dry_run:
-        sections["examples"] = examples(session)
-    notes = _notes(session)
+    elif dry:
+        sections["memory"], known["memory"] = _memory(session)
+    if dry:
+        sections["examples"] = known["examples"]
+    notes, warnings = _notes(session), doubts(known)
     if notes:
         sections["note"] = {str(i): text for i, text in enumerate(notes, start=1)}
-    return sections
+    if warnings:
+        sections["warning"] = {str(i): f"{w.what}; {w.advice}" for i, w in enumerate(warnings, start=1)}
+    return Plan(sections, known | {"notes": notes, "warnings": [asdict(w) for w in warnings]})
 
 
 def _run(session: Session, out: str) -> dict[str, str]:
@@ -85,8 +101,7 @@ def _model(session: Session) -> dict[str, str]:
         base = module.base_layer if isinstance(module, AdapterLayer) else module
         d_out, d_in = linear_shape(base)
         shapes[f"{d_out}×{d_in}"] += 1
-    adapter = sum(p.numel() for layer in session.layers.values() for p in layer.adapter_parameters().values())
-    total = weight_count(session.model) - adapter
+    total = weight_count(session.model) - adapter_parameters(session)
     lines = {"base": f"{session.config.model.name}, {total:,} parameters"}
     if session.quantised is not None:
         n, held = len(session.quantised.modules), held_bytes(session.model) / 1e6
@@ -101,56 +116,59 @@ def _model(session: Session) -> dict[str, str]:
     return lines
 
 
-def _adapter(session: Session) -> dict[str, str]:
+def _adapter(session: Session, known: Facts) -> dict[str, str]:
     if not session.layers:
-        trained = sum(p.numel() for p in session.trained_parameters().values())
-        return {"trained": f"{trained:,} parameters of the model itself; the budget does not apply"}
+        return {"trained": f"{known['trained_start']:,} parameters of the model itself; the budget does not apply"}
     allocation = session.allocation
     unit = allocation.table.kind
     adapter = session.composed.parts["adapter"]
     sizes = session.start_ranks if "components" in adapter.units else [la.rank for la in session.layers.values()]
     lines = {
         "start": f"{allocation.start_count:,} {unit}, {allocation.start_cost:,} parameters "
-        f"({adapter.size_word} {_range(sizes)})"
+        f"({adapter.size_word} {span(sizes)})"
     }
     if allocation.allocator.mode in ("shrink", "grow"):
-        what = "parameters at most" if allocation.by_cost else unit
-        lines["end"] = f"{allocation.last:,} {what} (budget={session.config.budget})"
+        units, parameters = known["units_end"], known["parameters_end"]
+        if allocation.by_cost:
+            lines["end"] = f"{parameters[1]:,} parameters at most, {span(units)} {unit}"
+        else:
+            lines["end"] = f"{units[1]:,} {unit}, {span(parameters)} parameters"
+        lines["end"] += f" (budget={session.config.budget})"
     elif session.config.budget is not None:
         lines["end"] = f"on budget throughout (budget={session.config.budget})"
     return lines
 
 
-def _schedule(session: Session) -> dict[str, str]:
-    allocation = session.allocation
-    window = allocation.window
-    events = [t for t in range(1, window.end + 1) if allocation.is_event(t)]
-    shown = sorted({events[round(i * (len(events) - 1) / 4)] for i in range(5)})  # the first, the last, some between
-    counts = [f"{allocation.schedule.count(s, window, allocation.first, allocation.last):,}" for s in shown]
+def _schedule(session: Session, known: Facts) -> dict[str, str]:
+    allocation, events = session.allocation, known["events"]
+    shown = sorted({round(i * (len(events) - 1) / 4) for i in range(5)})  # the first, the last, some between
+    counts = [f"{events[i][1]:,}" for i in shown]
     what = " parameters at most" if allocation.by_cost else ""
     after = "event at step " if len(shown) == 1 else "events at steps "
-    first = f"{allocation.first:,}"
+    first, begin, end = f"{known['first']:,}", events[0][0], known["end"]
     start = "" if allocation.by_cost or first == counts[0] else f"{first} at the start, "
+    steps = f"step {end}" if begin == end else f"steps {begin} to {end}"
     lines = {
-        "window": f"steps {min(events)} to {window.end} of {window.total}, {counted(len(events), 'allocation event')}",
-        alive_word(session): start + " → ".join(counts) + f"{what} after the {after}" + ", ".join(map(str, shown)),
+        "window": f"{steps} of {known['steps']}, {counted(len(events), 'allocation event')}",
+        alive_word(session): start
+        + " → ".join(counts)
+        + f"{what} after the {after}"
+        + ", ".join(str(events[i][0]) for i in shown),
     }
     if getattr(allocation.allocator, "revive", False) and len(events) > 1:
         lines["revival"] = "until the last event pruned components keep training and may return, so the steps before"
-        lines["revival"] += f" {window.end} cost as much as at the start (allocator.revive=false drops at once)"
+        lines["revival"] += f" {end} cost as much as at the start (allocator.revive=false drops at once)"
     return lines
 
 
-def _training(session: Session) -> dict[str, str]:
-    train = session.config.train
-    rows = train.batch_size * train.accumulation
-    warmup = warmup_steps(train.warmup, session.total_steps)
-    per_epoch = session.steps_per_epoch
-    epochs = f" ({session.total_steps / per_epoch:.3g} epochs)" if per_epoch is not None else ""
+def _training(known: Facts) -> dict[str, str]:
+    epochs = ""
+    if known["epochs"] is not None:
+        epochs = f" ({known['epochs']:.3g} epoch{'' if known['epochs'] == 1 else 's'})"
     return {
-        "steps": f"{session.total_steps:,} of {rows} rows" + epochs,
-        "rate": f"{train.learning_rate:g} {train.scheduler}, {counted(warmup, 'step')} of warm-up, "
-        f"weight decay {train.weight_decay:g}, clip {train.clip_norm}",
+        "steps": f"{known['steps']:,} of {counted(known['rows_per_step'], 'row')}{epochs}",
+        "rate": f"{known['learning_rate']:g} {known['scheduler']}, {counted(known['warmup_steps'], 'step')} of "
+        f"warm-up, weight decay {known['weight_decay']:g}, clip {known['clip_norm']}",
     }
 
 
@@ -172,19 +190,23 @@ def _apart(session: Session) -> dict[str, str]:
     }
 
 
-def _memory(session: Session) -> dict[str, dict[str, str]]:
-    """What this device needs, and what others would: on how many of which size the run fits."""
+def _memory(session: Session) -> tuple[dict[str, str], Facts]:
+    """What this device needs, and what others would: on how many of which size the run fits. In words, and in bytes."""
     config = session.config
     try:
         found = estimate(session)
-        base, train = frozen_base(session.model, config.model.quantization if session.hollow else None), config.train
+        base = frozen_base(session.model, config.model.quantization if session.hollow else None)
+        rows = config.train.batch_size
         frugal = None
-        if not train.gradient_checkpointing and not fits_alone(found, base):
+        if not config.train.gradient_checkpointing and not fits_alone(found, base):
             frugal = estimate(session, checkpointing=True)
-        lines = {"here": found.sentence()} | fits(found, base, train.batch_size, frugal)
     except NoEstimate as error:
-        return {"memory": {"here": f"no estimate can be given ({error})"}}
-    return {"memory": lines}
+        return {"here": f"no estimate can be given ({error})"}, {"error": str(error)}
+    known = asdict(found) | {"total": found.total, "fits": []}
+    for name, each in (("fits", found), ("fits_checkpointing", frugal)):
+        if each is not None:
+            known[name] = [{"gb": size, "ways": [asdict(w) for w in ways(each, base, rows, size)]} for size in SIZES]
+    return {"here": found.sentence()} | fits(found, base, rows, frugal), known
 
 
 def _notes(session: Session) -> list[str]:
@@ -198,15 +220,6 @@ def _notes(session: Session) -> list[str]:
     for role, rows in session.encoded.items():
         notes += [f"{role}{first if role == 'train' else ''}: {note}" for note in rows.notes]
     notes += [f"a key from a recipe or preset has no effect: {line}" for line in session.composed.dropped]
-    allocation = session.allocation
-    warmup = warmup_steps(session.config.train.warmup, session.total_steps)
-    steps = range(1, min(warmup, allocation.window.end + 1))
-    early = next((t for t in steps if allocation.is_event(t)), None) if allocation.allocator.scores else None
-    if early is not None:
-        notes.append(
-            f"{_acting(allocation.allocator)} starts at step {early}, before the learning rate is warm "
-            f"(step {warmup}): raise schedule.start, or lower train.warmup"
-        )
     if session.world.alone and session.config.train.shard == "full":
         notes.append("train.shard=full: a process alone holds all of the base (torchrun starts several)")
     if session.device.type == "cpu" and session.config.train.precision == "bf16" and not _has_bf16(CPU_INFO):
@@ -219,11 +232,6 @@ def _notes(session: Session) -> list[str]:
 def _has_bf16(cpu_info: Path) -> bool:
     """Whether the kernel's list of the CPU's features names some for bfloat16; where there is no list, yes."""
     return not cpu_info.exists() or "bf16" in cpu_info.read_text(errors="replace")
-
-
-def _acting(allocator: Any) -> str:
-    words = {"shrink": "pruning", "grow": "growth", "static": "freezing"}
-    return words.get(allocator.mode, "allocation")
 
 
 def _rank_notes(session: Session) -> list[str]:
@@ -247,6 +255,6 @@ def counted(n: int, what: str) -> str:
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
-def _range(ranks: list[int]) -> str:
-    low, high = min(ranks, default=0), max(ranks, default=0)
-    return str(low) if low == high else f"{low} to {high}"
+def span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

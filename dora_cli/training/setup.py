@@ -61,6 +61,10 @@ class Composed(Protocol):
     def dropped(self) -> list[str]: ...
     @property
     def yaml(self) -> str: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def tuned(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -220,7 +224,7 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
         max_target_length=config.data.max_target_length,
         as_stored=dtype is not None,
         device=device,
-        for_plan=config.dry_run,
+        for_plan=bool(config.dry_run),
         **task.model_kwargs(),
     )
     model = loaded.model

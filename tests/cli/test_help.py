@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from dora_cli.cli.help import PART_KEYS, eval_help, merge_help, train_help
+from dora_cli.cli.help import eval_help, merge_help, recipes_help, styled, train_help
+from dora_cli.cli.key_help import explain
+from dora_cli.cli.part_keys import part_keys
 from dora_cli.cli.parts import load_parts
 from dora_cli.config.check import known_keys
 from dora_cli.config.recipes import choices, recipes_dir, sentences
-from dora_cli.config.schema import Config
+from dora_cli.config.schema import PART_GROUPS, Config, part_defaults
+from dora_cli.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FORBIDDEN = ("torch", "hydra", "omegaconf", "transformers", "datasets", "yaml", "rich")
@@ -44,21 +47,62 @@ def test_help_lists_recipes_and_methods_with_a_sentence_each():
 
 def test_help_names_every_key_and_every_part():
     text = train_help([recipes_dir()])
-    for key in [*known_keys(Config), *PART_KEYS]:
+    for key in [*known_keys(Config), *(key for group in PART_GROUPS for key in part_keys(group))]:
         assert f"\n  {key}" in text
     for group in ("adapter", "importance", "schedule", "allocator", "regularizer"):
         for name in choices(group, [recipes_dir()]):
             assert name in text
 
 
-def test_the_keys_of_parts_that_help_names_exist():
-    parts = load_parts()
-    for key in PART_KEYS:
-        group, option = key.split(".")
-        assert any(option in {f.name for f in fields(part)} for part in parts[group].values())
+def test_the_options_of_parts_are_read_from_their_source_as_they_are():
+    for group, parts in load_parts().items():
+        known = part_keys(group)
+        for name, part in parts.items():
+            read = {key: option.defaults[name] for key, option in known.items() if name in option.defaults}
+            assert read == {f"{group}.{option}": value for option, value in part_defaults(part).items()}
+        for key, option in known.items():
+            first = next(part for name, part in parts.items() if name in option.defaults)
+            field = next(f for f in fields(first) if f"{group}.{f.name}" == key)
+            assert option.meta == dict(field.metadata)
 
 
-@pytest.mark.parametrize("text", [train_help([recipes_dir()]), merge_help(), eval_help()])
+@pytest.mark.parametrize(
+    ("topic", "said"),
+    [
+        ("data.columns", ["a mapping", "data.columns.ROLE=NAME", "ROLE: NAME"]),
+        ("data.columns.text", ["data.columns.ROLE=NAME"]),
+        ("train.scheduler", ["one of    linear, cosine, constant", "default   linear"]),
+        ("train.weight_decay=", ["0.0 or more"]),
+        ("allocator.interval", ["default   10 of prune", "read      by allocator=prune"]),
+        ("save", ["save.merged\n", "save.which\n"]),
+    ],
+)
+def test_one_key_is_explained(topic, said):
+    text = explain(topic)
+    assert all(part in text for part in said)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_an_unknown_topic_is_answered_with_its_neighbours():
+    with pytest.raises(UserError, match=r"unknown key 'train\.epoch'") as refusal:
+        explain("train.epoch")
+    assert "'train.epochs'" in refusal.value.hint
+
+
+def test_headings_are_bold_where_colour_is_wanted():
+    text = "usage: dora-x\n\nkeys:\n  out  a folder\n"
+    assert styled(text, color=False) == text
+    assert styled(text, color=True) == "\033[1musage:\033[0m dora-x\n\n\033[1mkeys:\033[0m\n  out  a folder\n"
+
+
+@pytest.mark.parametrize(("given", "bold"), [({}, False), ({"FORCE_COLOR": "1"}, True)])
+def test_a_pipe_gets_control_codes_where_they_are_asked_for(given, bold):
+    base = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "NO_COLOR")}
+    assert ("\033" in command("--help", env=base | given)[0].stdout) == bold
+    assert "\033" not in command("--help", env=base | given | {"NO_COLOR": "1"})[0].stdout
+
+
+@pytest.mark.parametrize("text", [train_help([recipes_dir()]), merge_help(), eval_help(), recipes_help()])
 def test_help_fits_80_columns(text):
     assert max(len(line) for line in text.splitlines()) <= 80
 

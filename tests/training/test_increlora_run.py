@@ -1,6 +1,7 @@
 """IncreLoRA through the real command: the plan, growth to the budget, export, exact resume."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def test_the_plan_says_how_it_grows(dora_train: Train, capsys: pytest.CaptureFix
     assert dora_train(*WORDS, "allocator.start_rank=2", "dry_run=true") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "24 components" in text and "(rank 2)" in text  # spares are not counted
-    assert "36 components (budget=r3)" in text
+    assert re.search(r"36 components, [\d,]+ (to [\d,]+ )?parameters \(budget=r3\)", text)
     assert "24 → 27 → 30 → 33 → 36 after the events at steps 4, 8, 12, 16, 20" in text
     assert dora_train(*WORDS, "train.warmup=0.5", "dry_run=true") == 0
     assert "growth starts at step 4, before the learning rate is warm" in " ".join(capsys.readouterr().out.split())

@@ -135,7 +135,7 @@ def test_the_dry_run_shows_words_with_tags_and_a_line_a_choice(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dora_cli.training.plan._memory", lambda session: {})  # takes seconds
+    monkeypatch.setattr("dora_cli.training.plan._memory", lambda session: ({}, {}))  # takes seconds
     data = request.getfixturevalue({"ner": "tagged", "multiple_choice": "questions"}[recipe])
     assert dora_train(f"recipe={recipe}", f"data.path={data}", "method=lora", "budget=r1", "dry_run=true") == 0
     examples = capsys.readouterr().out.partition("examples")[2]
