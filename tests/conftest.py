@@ -75,9 +75,9 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing report.html takes a second, longer than most of the runs here; tests marked ``pages`` look at it."""
     if not request.node.get_closest_marker("pages"):
-        from dora_cli.reporting import report
+        from dora_cli.cli import train_run
 
-        monkeypatch.setattr(report, "write_report", lambda run, path: None)
+        monkeypatch.setattr(train_run, "write_report", lambda run, path: None)
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from dora_cli.reporting.plan_view import plan_view
 from dora_cli.reporting.terminal import plain, room, show, summary_view, to_whoever_looks
 from dora_cli.training.plan import Plan
 
-REPORT = "report.html"
-
 
 def print_plan(plan: Plan, dry_run: bool | str = False) -> None:
     """To stdout: with its modules for a dry run, as one JSON object for ``dry_run=json``."""
@@ -43,7 +41,8 @@ def logged_end(out: Path, summary: Mapping[str, Any], files: Mapping[str, Path])
 def next_steps(out: Path) -> list[str]:
     """What can be done with a finished run, as commands."""
     run = quote(str(out))
-    steps = [f"open {quote(str(out / REPORT))}"] if (out / REPORT).exists() else []
+    report = out / run_folder.REPORT
+    steps = [f"open {quote(str(report))}"] if report.exists() else []
     if not (out / run_folder.MERGED).exists():
         steps.append(f"dora-merge checkpoint={run} out={quote(str(out / run_folder.MERGED))}")
     return [*steps, f"dora-eval checkpoint={run} data.path=FILE"]

@@ -27,6 +27,8 @@ from dora_cli.evaluation.predict import evaluate
 from dora_cli.evaluation.scorers import build_scorer
 from dora_cli.processes import ALONE, World
 from dora_cli.reporting.events import ALLOCATION, MetricsFile, jsonable, read_events
+from dora_cli.reporting.report import write_report
+from dora_cli.reporting.runs import read_run
 from dora_cli.reporting.terminal import View, show
 from dora_cli.training.loop import Hooks, train
 from dora_cli.training.parallel import agree
@@ -338,18 +340,12 @@ class _Run:
         summary = summarise(self.session, self.progress, rss, device)
         # A folder with a summary is a finished run; what comes after it can be made from the folder.
         atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(jsonable(summary), indent=2) + "\n")
-        if self._write_report():
-            files["report"] = self.out / run_folder.REPORT
+        self._write_report()
         show(logged_end(self.out, summary, files | {"all files": self.out}))
 
-    def _write_report(self) -> bool:
-        if not self.session.config.save.report:
-            return False
-        from dora_cli.reporting.report import write_report  # matplotlib takes a second to be there
-        from dora_cli.reporting.runs import read_run
-
-        write_report(read_run(self.out), self.out / run_folder.REPORT)
-        return True
+    def _write_report(self) -> None:
+        if self.session.config.save.report:
+            write_report(read_run(self.out), self.out / run_folder.REPORT)
 
     def _write_ranks(self) -> None:
         """When the process ends: until then events stand in metrics.jsonl, and a long run has many."""
