@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
+from dora_cli.checkpoints.adapter_file import read_adapter
 from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text, sweep
 from dora_cli.checkpoints.base_folder import CONFIG, INDEX, SINGLE, copy_small_files, open_base, resolve_base
 from dora_cli.checkpoints.manifest import verify_if_listed, write_manifest
 from dora_cli.checkpoints.merge_plan import plan_merge
 from dora_cli.checkpoints.merged_config import merged_config, require_family
 from dora_cli.checkpoints.packed_base import ORIGINAL, packed_base
-from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.safetensors_io import DTYPES, write_header
 from dora_cli.checkpoints.weights import Piece, write_piece
 from dora_cli.errors import UserError

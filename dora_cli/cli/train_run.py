@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from dora_cli.checkpoints.adapter_file import read_adapter
 from dora_cli.checkpoints.apply import start_from
 from dora_cli.checkpoints.atomic import atomic_write_text, sweep
 from dora_cli.checkpoints.manifest import verify_if_listed
 from dora_cli.checkpoints.merge import merge
-from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, put_back, save_checkpoint
 from dora_cli.cli import run_folder
 from dora_cli.cli.lock import locked
