@@ -98,7 +98,6 @@ class AdapterFile:
         replaced: parameter name → tensor that takes the place of a parameter of the base (``FULL``).
         tokens: full module name → where its rows of new tokens lie.
         method: ``method.json``; empty for others' files.
-        tokens: full module name → where its rows of new tokens lie.
         prefix: the model's ``base_model_prefix``; null where it is not known, empty where the modules' names are
             those in the base's files.
     """

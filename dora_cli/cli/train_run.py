@@ -16,6 +16,7 @@ from dora_cli.checkpoints.atomic import atomic_write_text, sweep
 from dora_cli.checkpoints.manifest import verify_if_listed
 from dora_cli.checkpoints.merge import merge
 from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, put_back, save_checkpoint
+from dora_cli.checkpoints.serving import serving_note
 from dora_cli.cli import run_folder
 from dora_cli.cli.lock import locked
 from dora_cli.cli.result_run import write_result
@@ -333,6 +334,8 @@ class _Run:
         if self._write_report():
             files["report"] = self.out / run_folder.REPORT
         print_summary(summary, files | {"all files": self.out})
+        if self.session.config.export == "uniform":
+            print("\n".join(serving_note(self.out / run_folder.ADAPTER)))
 
     def _write_report(self) -> bool:
         if not self.session.config.save.report:
