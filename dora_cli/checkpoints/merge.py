@@ -55,6 +55,7 @@ class MergeReport:
         bytes: of all written tensors.
         quantization: how the base was packed in training; null where it was not.
         base_weights: which were added to, ``original`` or ``dequantised``.
+        base_name: the base as it was named.
         adapters: the adapters, one or several.
         combination: how several were combined; null for one as it is.
     """
@@ -71,6 +72,7 @@ class MergeReport:
     seconds: float
     quantization: str | None = None
     base_weights: str = ORIGINAL
+    base_name: str = ""
     adapters: tuple[Path, ...] = ()
     combination: Combination | None = None
 
@@ -165,6 +167,7 @@ def merge(
         seconds=time.perf_counter() - begin,
         quantization=adapter.quantization,
         base_weights=base_weights,
+        base_name=name,
         adapters=tuple(each.folder for each in adapters),
         combination=chosen,
     )

@@ -97,6 +97,8 @@ def merge_help() -> str:
                     "density": "share of an update's elements that ties and dare keep [0.5]",
                     "seed": "of the elements that dare keeps [1]",
                     "heads_from": "the one whose head and tokens are kept, where several have some",
+                    "push_to_hub": "repository on the hub to upload the model to",
+                    "hub.private": "whether a new repository is private: true or false",
                 },
             ),
             *_section("exit codes", EXIT_CODES),

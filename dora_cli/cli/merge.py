@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 REQUIRED = ("checkpoint", "out")
 COMBINING = ("combine", "weights", "density", "seed", "heads_from")
-KEYS = (*REQUIRED, "base", "base_weights", "dtype", "shard_size", *COMBINING)
+HUB = ("push_to_hub", "hub.private")
+KEYS = (*REQUIRED, "base", "base_weights", "dtype", "shard_size", *COMBINING, *HUB)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,10 +29,16 @@ def merge(argv: list[str]) -> int:
     if answered(arguments, merge_help):
         return 0
     options = typed(parse(arguments.overrides))
+    repository, private = (options.pop(key, None) for key in HUB)
     from dora_cli.checkpoints.merge import merge as merge_files
+    from dora_cli.cli.publish_run import require_hub, upload, write_merge_card
 
-    print(describe(merge_files(options.pop("checkpoint"), options.pop("out"), **options)))
-    return 0
+    if repository:
+        require_hub(repository)
+    report = merge_files(options.pop("checkpoint"), options.pop("out"), **options)
+    write_merge_card(report, repository)
+    print(describe(report))
+    return upload(report.out, repository, private) if repository else 0
 
 
 def parse(words: Sequence[str]) -> dict[str, str]:
@@ -74,6 +81,10 @@ def typed(options: dict[str, str]) -> dict[str, Any]:
     for key, kind in (("density", float), ("seed", int)):
         if key in options:
             values[key] = _number(options[key], kind, f"{key}={options[key]}")
+    if private := options.get("hub.private"):
+        if private not in ("true", "false") or "push_to_hub" not in options:
+            raise UserError(f"hub.private={private} is true or false, and goes with push_to_hub=NAME")
+        values["hub.private"] = private == "true"
     return values
 
 
