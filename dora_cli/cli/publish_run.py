@@ -12,6 +12,7 @@ from dora_cli.checkpoints.json_io import read_json
 from dora_cli.checkpoints.serving import max_lora_rank, obstacles
 from dora_cli.cli import run_folder
 from dora_cli.cli.run import FAILURE, print_error
+from dora_cli.config.record import recipe_of
 from dora_cli.errors import UserError
 from dora_cli.reporting.card import NAME, Facts, adapter_card, merged_card
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from dora_cli.checkpoints.merge import MergeReport
     from dora_cli.training.setup import Composed
 
-NOT_UPLOADED = [".*", "manifest.json", "merge.json"]  # they speak of this machine; the hub has hashes of its own
+NOT_UPLOADED = ["manifest.json", "merge.json"]  # they speak of this machine; the hub has hashes of its own
 
 
 def write_run_cards(composed: "Composed", summary: Mapping[str, Any], out: Path) -> None:
@@ -39,9 +40,7 @@ def write_merge_card(report: "MergeReport", repository: str | None) -> None:
         c = report.combination
         rest = "" if c.how == "linear" else f", density {c.density:g}"
         made_of = [f"combined by `{c.how}` with the weights {', '.join(f'{w:g}' for w in c.weights)}{rest}"]
-        facts = Facts(
-            adapter=base, run={key: run[key] for key in ("data", "model") if key in run}, repository=repository
-        )
+        facts = Facts(base, run={key: run[key] for key in ("data", "model") if key in run}, repository=repository)
     else:
         made_of, facts = [], Facts(base, _method(folder), summary, run, repository=repository)
     _write(report.out, merged_card(facts, made_of))
@@ -69,13 +68,13 @@ def _method(folder: Path) -> dict[str, Any]:
 
 def _of_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Summary and configuration of the run in a folder; empty where there is none."""
-    if not run_folder.is_finished(folder) or not run_folder.is_run(folder):
-        return {}, {}
     try:
-        run = safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError):
+        text = (folder / run_folder.CONFIG).read_text(encoding="utf-8")
+        if recipe_of(text) is None:  # somebody else's file of that name
+            return {}, {}
+        return read_json(folder / run_folder.SUMMARY), safe_load(text)
+    except (OSError, UnicodeDecodeError, YAMLError, UserError):  # a card with less in it is no reason to fail
         return {}, {}
-    return read_json(folder / run_folder.SUMMARY), run if isinstance(run, dict) else {}
 
 
 def _write(folder: Path, text: str) -> None:
@@ -126,10 +125,11 @@ def upload(folder: Path, repository: str, private: bool | None) -> int:
             repo_id=url.repo_id,
             folder_path=folder,
             commit_message="Upload by dora_cli",
-            ignore_patterns=NOT_UPLOADED,
+            ignore_patterns=[".*", *NOT_UPLOADED],
         )
     except Exception as error:  # whatever it is, all is saved
-        later = f"hf upload {repository} {folder} ." + (" --private" if private else "")
+        flags = [*(f"--exclude {name}" for name in NOT_UPLOADED), *(["--private"] if private else [])]
+        later = f"hf upload {repository} {folder} . {' '.join(flags)}"
         print_error(f"{folder} was not uploaded; it is saved", _first_line(error), f"later: {later}")
         return FAILURE
     print(f"uploaded to {url}")
