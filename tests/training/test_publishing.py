@@ -1,4 +1,4 @@
-"""The model card of a run and of a merge, and the upload to a hub that stands in for the real one."""
+"""What a run says of serving it, the model card of a run and of a merge, and the upload to a stand-in for the hub."""
 
 import re
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return stand_in
 
 
-SMALL = ("budget=0.5", "adapter.rank=4", "train.max_steps=4")
+SMALL = ("budget=0.5", "adapter.rank=4", "train.max_steps=4", "export=uniform")
 
 
 def test_a_run_writes_its_card_uploads_and_can_again_later(
@@ -60,6 +60,7 @@ def test_a_run_writes_its_card_uploads_and_can_again_later(
     assert hub.made == {"repo_id": "me/mine", "private": None, "exist_ok": True}
     assert hub.uploads[0]["folder_path"] == adapter and "manifest.json" in hub.uploads[0]["ignore_patterns"]
     told = capsys.readouterr().out
+    assert "would refuse this one, or serve it wrong:\n  classifier was trained in full" in told
     assert "uploaded to" in told and "names the base by a folder of this machine" in told
     assert "push_to_hub" not in (tmp_path / "run" / "config.yaml").read_text()  # it speaks of one start
 
