@@ -12,7 +12,7 @@ from dora_cli.checkpoints.json_io import read_json
 from dora_cli.checkpoints.serving import max_lora_rank, obstacles
 from dora_cli.cli import run_folder
 from dora_cli.cli.run import FAILURE, print_error
-from dora_cli.config.record import recipe_of
+from dora_cli.config.record import recipe_of, words_of
 from dora_cli.errors import UserError
 from dora_cli.reporting.card import NAME, Facts, adapter_card, merged_card
 
@@ -35,14 +35,14 @@ def write_run_cards(composed: "Composed", summary: Mapping[str, Any], out: Path)
 def write_merge_card(report: "MergeReport", repository: str | None) -> None:
     """Write the card of a merged model, from the run that its adapter is of where it lies in one."""
     folder, base = report.adapters[0], {"base_model_name_or_path": report.base_name}
-    summary, run = _of_run(folder.parent)
+    summary, run, words = _of_run(folder.parent)
     if report.combination:
         c = report.combination
         rest = "" if c.how == "linear" else f", density {c.density:g}"
         made_of = [f"combined by `{c.how}` with the weights {', '.join(f'{w:g}' for w in c.weights)}{rest}"]
         facts = Facts(base, run={key: run[key] for key in ("data", "model") if key in run}, repository=repository)
     else:
-        made_of, facts = [], Facts(base, _method(folder), summary, run, repository=repository)
+        made_of, facts = [], Facts(base, _method(folder), summary, run, words, repository=repository)
     _write(report.out, merged_card(facts, made_of))
 
 
@@ -66,15 +66,15 @@ def _method(folder: Path) -> dict[str, Any]:
     return read_json(folder / METHOD) if (folder / METHOD).is_file() else {}
 
 
-def _of_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Summary and configuration of the run in a folder; empty where there is none."""
+def _of_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Summary, configuration and command of the run in a folder; empty where there is none."""
     try:
         text = (folder / run_folder.CONFIG).read_text(encoding="utf-8")
         if recipe_of(text) is None:  # somebody else's file of that name
-            return {}, {}
-        return read_json(folder / run_folder.SUMMARY), safe_load(text)
+            return {}, {}, []
+        return read_json(folder / run_folder.SUMMARY), safe_load(text), words_of(text)
     except (OSError, UnicodeDecodeError, YAMLError, UserError):  # a card with less in it is no reason to fail
-        return {}, {}
+        return {}, {}, []
 
 
 def _write(folder: Path, text: str) -> None:
