@@ -190,7 +190,7 @@ def composed() -> Callable[..., Any]:
             known[key] = compose(key, parts)
         copy = deepcopy(known[key])
         for name, value in start.items():
-            assert isinstance(value, bool) or name in ("out", "dry_run"), f"{name}={value}"
+            assert isinstance(value, bool) or name in ("out", "dry_run", "push_to_hub"), f"{name}={value}"
             setattr(copy.config, name, value)
         return copy
 

@@ -11,8 +11,8 @@ from dora_cli.adapters.lora import LoraLayer
 from dora_cli.adapters.mora import RotationLayer
 from dora_cli.adapters.token_rows import TokenRows
 from dora_cli.adapters.weight_decomposed import WeightDecomposedLayer
+from dora_cli.checkpoints.adapter_file import AdapterFile
 from dora_cli.checkpoints.adapter_format import LowRank, Square, WeightDecomposed
-from dora_cli.checkpoints.peft_io import AdapterFile
 from dora_cli.checkpoints.safetensors_io import read_tensor
 from dora_cli.checkpoints.token_rows import TokenUpdate
 from dora_cli.errors import UserError

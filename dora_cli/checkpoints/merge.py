@@ -1,4 +1,4 @@
-"""Merging an adapter into its base, from file to file: no model is built, and memory holds a few blocks.
+"""Merging an adapter, or several, into the base, from file to file: no model is built, and memory holds a few blocks.
 
 What the adapter does not touch is copied as bytes. Target weights are read, changed and written by blocks of rows,
 ΔW added in float32 and rounded once. Heads are written as trained.
@@ -11,21 +11,24 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dora_cli.checkpoints.adapter_file import AdapterFile, read_adapter
 from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text, sweep
 from dora_cli.checkpoints.base_folder import CONFIG, INDEX, SINGLE, copy_small_files, open_base, resolve_base
+from dora_cli.checkpoints.combine import combination, combined
+from dora_cli.checkpoints.deltas import Combination
 from dora_cli.checkpoints.manifest import verify_if_listed, write_manifest
 from dora_cli.checkpoints.merge_plan import plan_merge
 from dora_cli.checkpoints.merged_config import DTYPE_NAMES, merged_config, require_family
 from dora_cli.checkpoints.packed_base import ORIGINAL, packed_base
-from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.safetensors_io import DTYPES, write_header
 from dora_cli.checkpoints.weights import Piece, write_piece
 from dora_cli.errors import UserError
@@ -34,7 +37,8 @@ from dora_cli.registry import did_you_mean
 OUTPUT_DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-MADE_OF = "merge.json"  # beside a model that was trained on other weights than the base stores, or may have been
+# beside a model that was made of several adapters, or trained on other weights than the base stores
+MADE_OF = "merge.json"
 WORKERS = 4  # one thread each; more than this only waits for memory
 
 
@@ -52,6 +56,9 @@ class MergeReport:
         quantization: how the base was packed in training; null where it was not.
         base_weights: which were added to, ``original`` or ``dequantised``.
         dtypes: of the written weights, by torch's names.
+        base_name: the base as it was named.
+        adapters: the adapters, one or several.
+        combination: how several were combined; null for one as it is.
     """
 
     out: Path
@@ -67,10 +74,13 @@ class MergeReport:
     quantization: str | None = None
     base_weights: str = ORIGINAL
     dtypes: tuple[str, ...] = ()
+    base_name: str = ""
+    adapters: tuple[Path, ...] = ()
+    combination: Combination | None = None
 
 
 def merge(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     base: str | None = None,
@@ -78,13 +88,18 @@ def merge(
     shard_size: str | int = "5GB",
     replace: bool = False,
     base_weights: str = ORIGINAL,
+    combine: str | None = None,
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    heads_from: str | None = None,
 ) -> MergeReport:
-    """Write the model that an adapter makes of its base as a transformers folder.
+    """Write the model that an adapter, or several, make of their base as a transformers folder.
 
     The folder appears whole: an interrupted merge leaves nothing under ``out``.
 
     Args:
-        checkpoint: a run folder or an adapter folder (ours or PEFT's).
+        checkpoint: a run folder or an adapter folder (ours, PEFT's or another tool's); several make one model.
         out: the folder to make; it may be there if it is empty.
         base: name or folder of the base; null takes the one the adapter names.
         dtype: type of all floating-point weights; ``auto`` keeps each tensor's.
@@ -92,6 +107,11 @@ def merge(
         base_weights: of a run on a quantised base, what is added to: the ``original`` weights as they are stored, or
             the ``dequantised`` ones that the run was trained with.
         replace: whether a folder that holds something gives way to the new one, in one step.
+        combine: how several adapters become one (``deltas.WAYS``); needed where there are several.
+        weights: one for each of them; null: 1 each.
+        density: the share of an update's elements that TIES and DARE keep; null: 0.5.
+        seed: of DARE's choice of elements; null: 1.
+        heads_from: the one of ``checkpoint`` whose head and tokens the model gets, where several have some.
 
     Raises:
         UserError: an argument or a file is wrong, ``out`` holds something, or the adapter does not fit the base.
@@ -104,7 +124,12 @@ def merge(
     limit = parse_size(shard_size)
     if out.exists() and not (out.is_dir() and (replace or not any(out.iterdir()))):
         raise UserError(f"out={out} exists and is not empty", hint="name a new folder, or empty this one first")
-    adapter = read_adapter(Path(checkpoint))
+    names = [os.fspath(c) for c in ([checkpoint] if isinstance(checkpoint, (str, os.PathLike)) else checkpoint)]
+    adapters = [read_adapter(Path(name)) for name in names]
+    adapter, chosen = adapters[0], None
+    if len(names) > 1 or any(option is not None for option in (combine, weights, density, seed, heads_from)):
+        chosen = combination(combine, weights, density, seed, len(names))
+        adapter = combined(adapters, names, chosen, base=base, heads_from=heads_from)
     packed = packed_base(adapter, base_weights)
     name = base or adapter.base_name
     if not name:
@@ -112,7 +137,8 @@ def merge(
     base_folder = resolve_base(name, None if base else adapter.revision)
     verify_if_listed(base_folder)
     model = open_base(base_folder)
-    require_family(adapter, model)
+    for each in adapters:
+        require_family(each, model)
 
     pieces, left_out = plan_merge(adapter, model, OUTPUT_DTYPES[dtype], packed)
     head_shapes = {name: entry.shape for name, entry in adapter.head.parts.items()}
@@ -127,8 +153,7 @@ def merge(
         atomic_write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         copy_small_files(model.folder, folder)
         copy_small_files(adapter.folder, folder)  # a tokenizer that was saved with the adapter is the newer one
-        if adapter.quantization:
-            made_of = {"quantization": adapter.quantization, "base_weights": base_weights, "base": str(model.folder)}
+        if made_of := _made_of(adapter, base_weights, model.folder, names, chosen):
             atomic_write_text(folder / MADE_OF, json.dumps(made_of, indent=2) + "\n")
         write_manifest(folder)
     return MergeReport(
@@ -145,7 +170,22 @@ def merge(
         quantization=adapter.quantization,
         base_weights=base_weights,
         dtypes=tuple(sorted({DTYPE_NAMES[piece.dtype] for piece in pieces if piece.dtype in DTYPE_NAMES})),
+        base_name=name,
+        adapters=tuple(each.folder for each in adapters),
+        combination=chosen,
     )
+
+
+def _made_of(
+    adapter: AdapterFile, base_weights: str, base: Path, names: list[str], chosen: Combination | None
+) -> dict[str, Any]:
+    """What the files of the merged model do not say themselves."""
+    made_of: dict[str, Any] = {}
+    if adapter.quantization:
+        made_of = {"quantization": adapter.quantization, "base_weights": base_weights, "base": str(base)}
+    if chosen:
+        made_of |= {"adapters": names, **asdict(chosen)}
+    return made_of
 
 
 def parse_size(text: str | int) -> int:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
+from dora_cli.checkpoints.adapter_file import AdapterFile, SquareUpdate, Update
 from dora_cli.checkpoints.base_folder import Base
 from dora_cli.checkpoints.merged_config import architecture, base_architecture, has_task_head
 from dora_cli.checkpoints.names import model_names
 from dora_cli.checkpoints.packed_base import PackedBase
-from dora_cli.checkpoints.peft_io import AdapterFile, SquareUpdate, Update
 from dora_cli.checkpoints.safetensors_io import FLOATS, Entry, same_bytes
 from dora_cli.checkpoints.token_rows import TokenUpdate
 from dora_cli.checkpoints.weights import Piece
@@ -29,14 +29,14 @@ def plan_merge(
     """
     updates = {f"{name}.weight": update for name, update in adapter.modules.parts.items()}
     whole = {**adapter.replaced.parts, **adapter.head.parts}
-    noted = adapter.method.get("base_model_prefix")
-    prefix = noted if isinstance(noted, str) and noted else None
     tokens = _token_rows(adapter, base)
     repacked = {f"{name}.weight": packed.trained_with(name) for name in packed.modules} if packed else {}
-    names = model_names(base.entries, [*updates, *adapter.replaced, *tokens, *repacked], prefix, str(base.folder))
+    names = model_names(
+        base.entries, [*updates, *adapter.replaced, *tokens, *repacked], adapter.prefix, str(base.folder)
+    )
     sources = {name: base.entries[key] for key, name in names.items()}
     _require_fit(adapter, base, sources)
-    left_out = _pretraining_head(adapter, base, sources, prefix) - whole.keys()
+    left_out = _pretraining_head(adapter, base, sources) - whole.keys()
     rest = {name: entry for name, entry in sources.items() if name not in left_out and name not in whole}
     tokens |= _copied_rows(tokens, rest, base)
     transposed = _transposed(updates, sources)
@@ -159,12 +159,12 @@ def _alike(base: Base, entry: Entry) -> list[Entry]:
     return [other for other in base.entries.values() if other.shape == entry.shape]
 
 
-def _pretraining_head(adapter: AdapterFile, base: Base, names: Mapping[str, Entry], prefix: str | None) -> set[str]:
+def _pretraining_head(adapter: AdapterFile, base: Base, names: Mapping[str, Entry]) -> set[str]:
     """The tensors outside the body, where the merged model's class has another head than the base's class.
 
     A body whose prefix is not known for sure keeps everything: a tensor too much is ignored, one too few is not.
     """
-    name = architecture(adapter, base)
+    name, prefix = architecture(adapter, base), adapter.prefix
     firsts = {module.partition(".")[0] for module in adapter.modules}
     if prefix is None and len(firsts) == 1 and adapter.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         prefix = min(firsts - {"encoder", "decoder"}, default=None)

@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dora_cli.checkpoints.adapter_file import AdapterFile
 from dora_cli.checkpoints.base_folder import Base
-from dora_cli.checkpoints.peft_io import AdapterFile
 from dora_cli.errors import UserError
 
 LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type")  # a task has all of its own, or the defaults

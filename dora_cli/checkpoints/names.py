@@ -17,7 +17,8 @@ def model_names(keys: Iterable[str], wanted: Sequence[str], prefix: str | None, 
     Args:
         keys: the names in the checkpoint.
         wanted: parameter names of the adapted model that must be among the results.
-        prefix: the model's ``base_model_prefix`` where it is known. Where not, exactly one rule may fit.
+        prefix: the model's ``base_model_prefix`` where it is known. Where not, exactly one rule may fit; where it is
+            empty, the names are the checkpoint's own.
         base: the base's name, for the message.
 
     Raises:
@@ -45,6 +46,8 @@ def model_names(keys: Iterable[str], wanted: Sequence[str], prefix: str | None, 
 
 def _rules(keys: Sequence[str], wanted: Sequence[str], prefix: str | None) -> list[Rule]:
     """The rules to try, the likeliest first."""
+    if prefix == "":
+        return [_same]
     if prefix:
         saved_with_it = any(key.startswith(f"{prefix}.") for key in keys)
         return [_same if saved_with_it else partial(_add, prefix), _same, partial(_strip, prefix)]

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dora_cli.checkpoints.adapter_file import AdapterFile
 from dora_cli.checkpoints.adapter_format import METHOD
 from dora_cli.checkpoints.json_io import take
-from dora_cli.checkpoints.peft_io import AdapterFile
 from dora_cli.errors import UserError
 from dora_cli.models.quantised import KINDS, STORED, require_package, round_trip
 from dora_cli.registry import did_you_mean

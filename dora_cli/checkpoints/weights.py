@@ -1,7 +1,7 @@
 """One tensor of a merged model, from file to file in blocks: read, change in float32, round once, write."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_cli.adapters.mora import rotation_delta
 from dora_cli.checkpoints.adapter_format import LowRank, Square, WeightDecomposed
+from dora_cli.checkpoints.deltas import Deltas, delta_rows
 from dora_cli.checkpoints.safetensors_io import (
     DTYPES,
     Entry,
@@ -47,7 +47,7 @@ class Piece:
     name: str
     source: Entry
     dtype: str
-    update: Callable[[], LowRank | Square] | None = None
+    update: Callable[[], LowRank | Square | Deltas] | None = None
     checked: bool = False
     repacked: Callable[[Tensor], Tensor] | None = None
     tokens: TokenUpdate | None = None
@@ -88,11 +88,10 @@ def _blocks(piece: Piece) -> Blocks:
     """How to go over what is added to: a block of the file at a time, or of the whole that was made of it."""
     if piece.repacked is None:
         return partial(_for_blocks, piece.source)
-    whole, step = piece.repacked(read_tensor(piece.source)), _block_rows(piece.source)
+    whole = piece.repacked(read_tensor(piece.source))
 
     def visit_all(visit: Callable[[Tensor, slice], object]) -> None:
-        for first in range(0, len(whole), step):
-            rows = slice(first, min(first + step, len(whole)))
+        for rows in _row_blocks(piece.source):
             visit(whole[rows].clone(), rows)  # which may be written into
 
     return visit_all
@@ -114,21 +113,23 @@ def _stream(piece: Piece, blocks: Blocks, change: Change, target: int, start: in
     blocks(write)
 
 
-def _merging(source: Entry, blocks: Blocks, update: LowRank | Square) -> Change:
+def _merging(source: Entry, blocks: Blocks, update: LowRank | Square | Deltas) -> Change:
     """How a block of rows of the stored weight becomes the merged one.
 
     The stored weight is W, shape ``(d_out, d_in)``, or its transpose; the added rows are those of B A, or of Aᵀ Bᵀ.
     The weight-decomposed one then scales each output's weights to the norm m: rows of W, or columns of its transpose.
     A square's ΔW is formed whole, for this one module.
     """
+    if isinstance(update, Deltas):
+        made = update.rows(list(_row_blocks(source)))  # which are asked for in this order, once
+        return lambda block, rows: _wide(block) + next(made)
     if isinstance(update, Square):
-        delta = rotation_delta(update.m, *update.shape)
-        delta = delta.T if update.transposed else delta
-        return lambda block, rows: block.to(torch.promote_types(block.dtype, torch.float32)) + delta[rows]
+        delta = delta_rows(update)
+        return lambda block, rows: _wide(block) + delta(rows)
     left, right = (update.a.T.contiguous(), update.b.T.contiguous()) if update.transposed else (update.b, update.a)
 
     def added(block: Tensor, rows: slice) -> Tensor:
-        wide = block.to(torch.promote_types(block.dtype, torch.float32))
+        wide = _wide(block)
         return wide.addmm_(left[rows].to(wide.dtype), right.to(wide.dtype))
 
     if not isinstance(update, WeightDecomposed):
@@ -147,6 +148,10 @@ def _merging(source: Entry, blocks: Blocks, update: LowRank | Square) -> Change:
     return lambda block, rows: added(block, rows).mul_(ratio)
 
 
+def _wide(block: Tensor) -> Tensor:
+    return block.to(torch.promote_types(block.dtype, torch.float32))
+
+
 def _ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
     """m / n, and 0 for the weights of an output that are all 0: they have no direction to scale."""
     return torch.where(norms > 0, magnitude / norms, 0.0).float()
@@ -154,17 +159,24 @@ def _ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 def _for_blocks(source: Entry, visit: Callable[[Tensor, slice], object]) -> None:
     """Call ``visit(block, rows)`` for every block of rows; the block is only valid until the call returns."""
-    rows, length, step = _rows(source), _row_length(source), _block_rows(source)
+    length, step = _row_length(source), _block_rows(source)
     row_bytes = length * DTYPES[source.dtype].itemsize
     buffer = bytearray(step * row_bytes)
     if not buffer:
         return
     whole = torch.frombuffer(buffer, dtype=DTYPES[source.dtype]).view(step, length)
     with descriptor(source.file) as file:
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            read_into(file, source.start + first * row_bytes, memoryview(buffer)[: count * row_bytes], source.file)
-            visit(whole[:count], slice(first, first + count))
+        for rows in _row_blocks(source):
+            count = rows.stop - rows.start
+            read_into(file, source.start + rows.start * row_bytes, memoryview(buffer)[: count * row_bytes], source.file)
+            visit(whole[:count], rows)
+
+
+def _row_blocks(source: Entry) -> Iterator[slice]:
+    """The blocks of rows that a tensor is gone over in."""
+    rows, step = _rows(source), _block_rows(source)
+    for first in range(0, rows, max(1, step)):
+        yield slice(first, min(first + step, rows))
 
 
 def _rows(source: Entry) -> int:

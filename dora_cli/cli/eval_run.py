@@ -8,12 +8,12 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from dora_cli.checkpoints.adapter_file import AdapterFile, read_adapter
 from dora_cli.checkpoints.adapter_format import METHOD
 from dora_cli.checkpoints.apply import apply_adapter
 from dora_cli.checkpoints.atomic import atomic_write_text
 from dora_cli.checkpoints.json_io import read_json, strings
 from dora_cli.checkpoints.manifest import verify_if_listed
-from dora_cli.checkpoints.peft_io import AdapterFile, read_adapter
 from dora_cli.cli import run_folder
 from dora_cli.cli.harness_run import evaluate_through_harness, read_choice
 from dora_cli.cli.parts import load_parts

@@ -31,12 +31,19 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1: never reach for the network (as offline=true)",
 }
 MERGE_KEYS = {
-    "checkpoint": "run folder, or adapter folder",
+    "checkpoint": "run folder, or adapter folder; several: [runs/a,runs/b]",
     "out": "folder for the merged model; must not hold one",
     "base": "base model by hub name or folder; null: the one the adapter names",
     "base_weights": "of a run on a quantised base: original, or dequantised as in training [original]",
     "dtype": "auto, float32, bfloat16 or float16; auto keeps the base's [auto]",
     "shard_size": "largest file [5GB]",
+    "combine": "how several become one: linear, ties, dare_linear or dare_ties",
+    "weights": "of several adapters, e.g. [0.7,0.3] [1 each]",
+    "density": "share of an update's elements that ties and dare keep [0.5]",
+    "seed": "of the elements that dare keeps [1]",
+    "heads_from": "the one whose head and tokens are kept, where several have some",
+    "push_to_hub": "repository on the hub to upload the model to",
+    "hub.private": "whether a new repository is private: true or false",
 }
 EVAL_KEYS = {
     "checkpoint": "run folder, adapter folder, or model folder",
@@ -119,8 +126,9 @@ def merge_help() -> str:
             "usage: dora-merge checkpoint=RUN_OR_ADAPTER out=DIR [key=value …]",
             "",
             *_wrap(
-                "Add an adapter (PEFT's own, too) to its base model and write a plain transformers folder. Weights are "
-                "read and written in pieces, so memory does not grow with the model."
+                "Add an adapter, or several, to the base model and write a plain transformers folder. Adapters may be "
+                "dora-train's, PEFT's, MLX-LM's or AdapterHub's. Weights are read and written in pieces, so memory does "
+                "not grow with the model."
             ),
             *_section("keys (defaults in brackets)", MERGE_KEYS),
             *_section("flags", HELP_FLAGS),
@@ -129,6 +137,7 @@ def merge_help() -> str:
                 {
                     "model*.safetensors": "the merged weights, with an index where there are several files",
                     "config.json, tokenizer files": "as the base has them, with the run's labels",
+                    "README.md": "a model card",
                     "manifest.json": "size and SHA-256 of each file; checked when they are read",
                 },
             ),
@@ -137,6 +146,7 @@ def merge_help() -> str:
             *_examples(
                 "dora-merge checkpoint=runs/glue_sst2/dora-b0.1-s1 out=merged",
                 "dora-merge checkpoint=adapter base=FOLDER dtype=bfloat16 out=merged",
+                "dora-merge checkpoint=[runs/a,runs/b] combine=ties weights=[1,0.5] out=both",
             ),
             *_see_also("dora-train", "dora-eval"),
         ]

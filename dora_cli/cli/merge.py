@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from dora_cli.checkpoints.merge import MergeReport
 
 REQUIRED = ("checkpoint", "out")
-KEYS = (*REQUIRED, "base", "base_weights", "dtype", "shard_size")
+COMBINING = ("combine", "weights", "density", "seed", "heads_from")
+HUB = ("push_to_hub", "hub.private")
+KEYS = (*REQUIRED, "base", "base_weights", "dtype", "shard_size", *COMBINING, *HUB)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,11 +29,17 @@ def merge(argv: list[str]) -> int:
     arguments = split_flags(argv, ("-h", "--help", "--version"))
     if answered(arguments, merge_help, lambda topic: explain_plain(topic, MERGE_KEYS, "dora-merge")):
         return 0
-    options: dict[str, Any] = {**parse(arguments.overrides)}
+    options = typed(parse(arguments.overrides))
+    repository, private = (options.pop(key, None) for key in HUB)
     from dora_cli.checkpoints.merge import merge as merge_files
+    from dora_cli.cli.publish_run import require_hub, upload, write_merge_card
 
-    print(describe(merge_files(options.pop("checkpoint"), options.pop("out"), **options)))
-    return 0
+    if repository:
+        require_hub(repository)
+    report = merge_files(options.pop("checkpoint"), options.pop("out"), **options)
+    write_merge_card(report, repository)
+    print(describe(report))
+    return upload(report.out, repository, private) if repository else 0
 
 
 def parse(words: Sequence[str]) -> dict[str, str]:
@@ -56,6 +64,45 @@ def parse(words: Sequence[str]) -> dict[str, str]:
     return options
 
 
+def typed(options: dict[str, str]) -> dict[str, Any]:
+    """Lists and numbers of what was given as text.
+
+    Raises:
+        UserError: no number where one is expected.
+    """
+    values: dict[str, Any] = dict(options)
+    if options["checkpoint"].startswith("["):
+        values["checkpoint"] = _items(options["checkpoint"])
+        if not values["checkpoint"]:
+            raise UserError("checkpoint=[] names no adapter", hint="write checkpoint=[runs/a,runs/b]")
+    if "weights" in options:
+        values["weights"] = [
+            _number(item, float, f"weights={options['weights']}") for item in _items(options["weights"])
+        ]
+    for key, kind in (("density", float), ("seed", int)):
+        if key in options:
+            values[key] = _number(options[key], kind, f"{key}={options[key]}")
+    if private := options.get("hub.private"):
+        if private not in ("true", "false") or "push_to_hub" not in options:
+            raise UserError(f"hub.private={private} is true or false, and goes with push_to_hub=NAME")
+        values["hub.private"] = private == "true"
+    return values
+
+
+def _items(text: str) -> list[str]:
+    """``[a, b]``, or ``a`` alone."""
+    items = [item.strip().strip("\"'") for item in text.strip().removeprefix("[").removesuffix("]").split(",")]
+    return [item for item in items if item]
+
+
+def _number(text: str, kind: type[int] | type[float], given: str) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "whole number" if kind is int else "number"
+        raise UserError(f"{given}: '{text}' is no {wanted}") from None
+
+
 def describe(report: "MergeReport") -> str:
     """What was merged, in a few lines of at most 80 columns, paths apart."""
     adapted = [rank for rank in report.ranks.values() if rank]
@@ -68,13 +115,19 @@ def describe(report: "MergeReport") -> str:
         lines.append("           base_weights=dequantised adds")
     elif report.quantization:
         lines.append(f"  onto     the {report.quantization} weights that the run was trained on, dequantised")
+    if report.combination:
+        c = report.combination
+        kept = "" if c.how == "linear" else f", density {c.density:g}" + (f", seed {c.seed}" if "dare" in c.how else "")
+        lines.append(f"  adapters {_count(len(c.weights), 'adapter')}, {c.how}{kept}")
+        lines += [f"           {weight:g} × {f}" for weight, f in zip(c.weights, report.adapters, strict=True)]
     if adapted:
         if report.kind == "MORA":
             word, content = "side", _count(sum(side * side for side in adapted), "parameter")
         else:
             word, content = "rank", _count(sum(adapted), "component")
         span = f"{word} {min(adapted)}" if len(set(adapted)) == 1 else f"{word}s {min(adapted)} to {max(adapted)}"
-        lines.append(f"  adapter  {_count(len(adapted), 'module')}, {span}, {content}")
+        title = "together" if report.combination else "adapter "
+        lines.append(f"  {title} {_count(len(adapted), 'module')}, {span}, {content}")
     if report.dtypes:
         lines.append(f"  dtype    {', '.join(report.dtypes)}")
     if report.head:

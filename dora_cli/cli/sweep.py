@@ -68,6 +68,11 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
     from dora_cli.config.launching import take
 
     launching, overrides = take(overrides)
+    if any(word.startswith("push_to_hub=") for word in overrides):
+        raise UserError(
+            "push_to_hub is for one run: the jobs of -m would go into one repository, over each other",
+            hint="upload the one you choose: dora-train recipe=… out=ITS_FOLDER resume=true push_to_hub=NAME",
+        )
     if launching.search is not None:
         require("optuna", "hydra/sweeper=optuna")
         ranges = read(overrides, config_dirs, search=True)

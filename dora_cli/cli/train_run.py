@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 
+from dora_cli.checkpoints.adapter_file import read_adapter
 from dora_cli.checkpoints.apply import start_from
 from dora_cli.checkpoints.atomic import atomic_write_text, sweep
 from dora_cli.checkpoints.manifest import verify_if_listed
 from dora_cli.checkpoints.merge import merge
-from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, put_back, save_checkpoint
+from dora_cli.checkpoints.serving import serving_note
 from dora_cli.cli import run_folder
 from dora_cli.cli.console_run import logged_end, plan_text, print_plan
 from dora_cli.cli.lock import locked
+from dora_cli.cli.publish_run import require_hub, upload, write_run_cards
 from dora_cli.cli.result_run import write_result
 from dora_cli.cli.signals import EXIT_CODES, Signals
 from dora_cli.config.compose import Composed
+from dora_cli.config.schema import Config
 from dora_cli.errors import UserError
 from dora_cli.evaluation.predict import evaluate
 from dora_cli.evaluation.scorers import build_scorer
@@ -57,6 +60,8 @@ def run(composed: Composed, world: World = ALONE, built: Callable[[Session], obj
     out = Path(config.out) if config.out else default
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if config.push_to_hub:
+        world.on_main(lambda: require_hub(str(config.push_to_hub), offline=config.offline))
     if config.dry_run:
         session = _ready(composed, None, world)
         built(session)
@@ -68,7 +73,7 @@ def run(composed: Composed, world: World = ALONE, built: Callable[[Session], obj
         finished, resumes = world.on_main(claim.look)
         if finished:
             print(f"{out} is finished; nothing to resume")
-            return 0
+            return _publish(config, out) if world.is_main else 0
         session = _ready(composed, claim.checkpoint if world.is_main else out if resumes else None, world)
         built(session)
         world.on_main(lambda: claim.take(session))
@@ -192,6 +197,11 @@ def _evaluated(session: Session) -> dict[str, dict[str, float]]:
     return splits
 
 
+def _publish(config: Config, out: Path) -> int:
+    """Upload a finished run's adapter where that is asked for. Returns the exit code."""
+    return upload(out / run_folder.ADAPTER, config.push_to_hub, config.hub.private) if config.push_to_hub else 0
+
+
 def _follow(session: Session, progress: Progress) -> int:
     """Train along with the main process, which does all the writing. Returns the exit code."""
     signals = Signals(lambda text: None, alone=False)
@@ -282,7 +292,7 @@ class _Run:
             self._write_report()
             return EXIT_CODES[stopped]
         self._finish()
-        return 0
+        return _publish(self.session.config, self.out)
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
     def _evaluate(self) -> dict[str, dict[str, float]]:
@@ -338,10 +348,13 @@ class _Run:
                 print(f"merged with the original weights, not the {report.quantization} ones that were trained on:")
                 print("  dora-merge base_weights=dequantised takes those")
         summary = summarise(self.session, self.progress, rss, device)
+        write_run_cards(self.session.composed, summary, self.out)
         # A folder with a summary is a finished run; what comes after it can be made from the folder.
         atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(jsonable(summary), indent=2) + "\n")
         self._write_report()
         show(logged_end(self.out, summary, files | {"all files": self.out}))
+        if self.session.config.export == "uniform":
+            print("\n".join(serving_note(self.out / run_folder.ADAPTER)))
 
     def _write_report(self) -> None:
         if self.session.config.save.report:

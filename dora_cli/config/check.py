@@ -229,6 +229,8 @@ def check_config(config: Config, where: Callable[[str], str | None]) -> None:
         raise UserError("resume=true goes on with a run and overwrite=true replaces it", hint="set one of them")
     if data.name is None and data.path is None:
         raise UserError("there is no data", hint="set data.path to a file or folder, or choose data=NAME")
+    if config.hub.private is not None and config.push_to_hub is None:
+        raise UserError("hub.private has no meaning without push_to_hub", where=where("hub.private"))
     if data.streaming and config.train.max_steps is None:
         raise UserError(
             "data.streaming=true needs train.max_steps: nobody knows how many rows an epoch has",

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from dora_cli.config.recipes import HEADER
 
 TITLE = "# Every value of a run, as it was used."
-NOT_REPEATED = ("out", "resume", "overwrite", "dry_run")  # they speak of one start, not of what is trained
+# they speak of one start, not of what is trained
+NOT_REPEATED = ("out", "resume", "overwrite", "dry_run", "push_to_hub", "hub")
 
 
 def write(recipe: str, chosen: Mapping[str, str], values: Mapping[str, Any], words: Sequence[str] = ()) -> str:
@@ -26,7 +27,8 @@ def write(recipe: str, chosen: Mapping[str, str], values: Mapping[str, Any], wor
     defaults = ["_self_", *({f"override /{group}": name} for group, name in chosen.items())]
     text = OmegaConf.to_yaml(OmegaConf.create(_literal({"defaults": defaults, **body})))
     comments = ["#   dora-train recipe=THIS_FILE out=NEW      repeats it", f"#   recipe: {recipe}"]
-    lasting = [word for word in words if word.partition("=")[0] not in ("resume", "overwrite", "dry_run")]
+    once = ("resume", "overwrite", "dry_run", "push_to_hub", "hub.private")
+    lasting = [word for word in words if word.partition("=")[0] not in once]
     if words:
         comments.append("#   command: " + " ".join(shlex.join(["dora-train", *lasting]).split()))
     return "\n".join([HEADER, TITLE, *comments, text])
@@ -38,6 +40,16 @@ def recipe_of(text: str) -> str | None:
         return None
     match = re.search(r"^#   recipe: (.+)$", text, re.MULTILINE)
     return match[1].strip() if match else None
+
+
+def words_of(text: str) -> list[str]:
+    """The words of the command that such a file notes, without flags and what speaks of one start alone."""
+    match = re.search(r"^#   command: dora-train (.*)$", text, re.MULTILINE)
+    try:
+        words = shlex.split(match[1]) if match else []
+    except ValueError:  # somebody wrote into it
+        return []
+    return [word for word in words if "=" in word and word.partition("=")[0] not in NOT_REPEATED]
 
 
 def _literal(value: Any) -> Any:

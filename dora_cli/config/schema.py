@@ -139,6 +139,11 @@ class SaveConfig:
 
 
 @dataclass
+class HubConfig:
+    private: bool | None = key(None, "whether a new repository is private; null: as the account has it")
+
+
+@dataclass
 class Config:
     budget: Any = key(None, "what is left at the end: a share (0.1), parameters (340k), an average rank (r4)")
     seed: int = key(1, "seed of everything random", low=0, high=2**32 - 1)
@@ -150,6 +155,8 @@ class Config:
     )
     offline: bool = key(False, "never reach for the network")
     export: str = key("exact", "adapter layout: exact ranks per module, or one for all", choices=("exact", "uniform"))
+    push_to_hub: str | None = key(None, "repository on the hub to upload the adapter to, when all is saved")
+    hub: HubConfig = field(default_factory=HubConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

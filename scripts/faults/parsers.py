@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from rows import data_files
 
 from dora_cli.allocation import budget as budgets
+from dora_cli.checkpoints.adapter_file import Square, read_adapter
 from dora_cli.checkpoints.manifest import write_manifest
-from dora_cli.checkpoints.peft_io import Square, read_adapter
 from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, save_checkpoint
 from dora_cli.checkpoints.safetensors_io import DTYPES
 from dora_cli.cli.parts import load_parts

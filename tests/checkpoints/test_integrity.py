@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dora_cli.checkpoints.adapter_file import read_adapter
 from dora_cli.checkpoints.manifest import verify_if_listed, write_manifest
 from dora_cli.checkpoints.merge import merge
-from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.checkpoints.run_state import load_checkpoint, save_checkpoint
 from dora_cli.cli.eval import main as dora_eval
 from dora_cli.errors import UserError

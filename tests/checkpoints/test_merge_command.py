@@ -35,7 +35,7 @@ def test_it_merges_and_says_what(make_case: MakeCase, tmp_path: Path, capsys: py
         ([], "checkpoint= is missing"),
         (["checkpoint=x"], "out= is missing"),
         (["checkpoint=x", "out="], "out= is missing"),
-        (["chekpoint=x", "out=y"], "did you mean 'checkpoint'?"),
+        (["chekpoint=x", "out=y"], "did you mean 'checkpoint'"),
         (["checkpoint", "out=y"], "'checkpoint' has no value"),
         (["checkpoint=x", "out=y", "out=z"], "out is given twice"),
         (["checkpoint=x", "out=y", "--dytpe"], "unknown flag '--dytpe'"),

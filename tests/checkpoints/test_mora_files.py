@@ -15,10 +15,10 @@ from dora_cli.adapters.base import linear_shape
 from dora_cli.adapters.inject import inject
 from dora_cli.adapters.lora import Lora
 from dora_cli.adapters.mora import rotation_delta
+from dora_cli.checkpoints.adapter_file import read_adapter
 from dora_cli.checkpoints.adapter_format import Square, write_square
 from dora_cli.checkpoints.apply import apply_adapter, start_from
 from dora_cli.checkpoints.merge import merge
-from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.cli.merge import main as dora_merge
 from dora_cli.errors import UserError
 

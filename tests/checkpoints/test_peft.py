@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_cli.checkpoints.adapter_file import read_adapter
 from dora_cli.checkpoints.adapter_format import WeightDecomposed, saved_by_peft, write_adapter, write_full
 from dora_cli.checkpoints.merge import merge
-from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.errors import UserError
 
 MakeCase = Callable[..., Any]  # tests/checkpoints/conftest.py

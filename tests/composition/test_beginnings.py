@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from dora_cli.checkpoints.adapter_file import read_adapter
 from dora_cli.checkpoints.apply import apply_adapter
-from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.cli.result_run import write_result
 from dora_cli.errors import UserError
 from dora_cli.training.summary import rank_map

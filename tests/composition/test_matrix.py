@@ -11,9 +11,9 @@ import torch
 from dora_cli.adapters import ADAPTERS
 from dora_cli.adapters.init import INITS
 from dora_cli.allocation import ALLOCATORS, IMPORTANCES, REGULARIZERS, SCHEDULES, rules
+from dora_cli.checkpoints.adapter_file import read_adapter
 from dora_cli.checkpoints.apply import apply_adapter
 from dora_cli.checkpoints.merge import merge
-from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.errors import UserError
 from dora_cli.registry import load
 

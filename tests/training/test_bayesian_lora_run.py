@@ -76,8 +76,8 @@ def test_the_adapter_reads_the_same_everywhere(dora_train: Train, tmp_path: Path
     import peft
     from transformers import AutoModelForSequenceClassification
 
+    from dora_cli.checkpoints.adapter_file import read_adapter
     from dora_cli.checkpoints.apply import apply_adapter
-    from dora_cli.checkpoints.peft_io import read_adapter
 
     assert dora_train(*QUICK, "budget=r1.5", "adapter.rank=4", "save.which=last", "train.max_steps=30") == 0
     run = tmp_path / "run"

@@ -95,8 +95,8 @@ def test_export_holds_the_modules_that_are_on_and_peft_merge_and_eval_agree(
 ) -> None:
     from transformers import AutoModelForSequenceClassification
 
+    from dora_cli.checkpoints.adapter_file import read_adapter
     from dora_cli.checkpoints.apply import apply_adapter
-    from dora_cli.checkpoints.peft_io import read_adapter
     from dora_cli.cli.eval import main as dora_eval
 
     peft = pytest.importorskip("peft")

@@ -18,8 +18,8 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from dora_cli.checkpoints.adapter_file import read_adapter
 from dora_cli.checkpoints.apply import apply_adapter
-from dora_cli.checkpoints.peft_io import read_adapter
 
 peft = pytest.importorskip("peft")
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dora_cli.checkpoints.adapter_file import read_adapter
 from dora_cli.checkpoints.apply import apply_adapter
-from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.cli.eval import main as dora_eval
 from dora_cli.cli.merge import main as dora_merge
 from dora_cli.config.schema import ModelConfig

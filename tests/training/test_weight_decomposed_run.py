@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 from dora_cli.adapters.inject import inject
 from dora_cli.adapters.lora import Lora
 from dora_cli.adapters.weight_decomposed import WeightDecomposed
+from dora_cli.checkpoints.adapter_file import read_adapter
 from dora_cli.checkpoints.apply import apply_adapter, start_from
-from dora_cli.checkpoints.peft_io import read_adapter
 from dora_cli.errors import UserError
 
 peft = pytest.importorskip("peft")
