@@ -20,6 +20,7 @@ from dora_cli.cli import run_folder
 from dora_cli.cli.lock import locked
 from dora_cli.cli.result_run import write_result
 from dora_cli.cli.signals import EXIT_CODES, Signals
+from dora_cli.cli.track_run import build_trackers, tracked
 from dora_cli.config.compose import Composed
 from dora_cli.errors import UserError
 from dora_cli.evaluation.predict import evaluate
@@ -27,6 +28,8 @@ from dora_cli.evaluation.scorers import build_scorer
 from dora_cli.processes import ALONE, World
 from dora_cli.reporting.events import ALLOCATION, MetricsFile, jsonable, read_events
 from dora_cli.reporting.terminal import View, print_plan, print_summary
+from dora_cli.reporting.trackers.base import STOPPED
+from dora_cli.reporting.trackers.base import check as check_trackers
 from dora_cli.training.loop import Hooks, train
 from dora_cli.training.parallel import agree
 from dora_cli.training.plan import alive_word, describe
@@ -54,6 +57,7 @@ def run(composed: Composed, world: World = ALONE, built: Callable[[Session], obj
     out = Path(config.out) if config.out else default
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    check_trackers(tracked(config.track), offline=config.offline)
     if config.dry_run:
         session = _ready(composed, None, world)
         built(session)
@@ -233,8 +237,10 @@ class _Run:
         if checkpoint is not None:
             put_back(checkpoint, out / run_folder.ADAPTER)  # the best so far, or the last
             self.messages.append(f"resuming from {checkpoint}")
+        self.trackers = build_trackers(session.composed, out, say=lambda text: self.view.line(text))
         # The checkpoint's own copy ends where it was written, and is known to be whole.
-        self.metrics = MetricsFile(out / run_folder.METRICS, checkpoint and checkpoint / run_folder.METRICS)
+        start = checkpoint and checkpoint / run_folder.METRICS
+        self.metrics = MetricsFile(out / run_folder.METRICS, start, copy=self.trackers.log)
         self.view = View(
             total_steps=session.total_steps,
             start_units=session.allocation.start_count,
@@ -257,6 +263,10 @@ class _Run:
             evaluated=self._evaluated,
             stop=lambda: self.signals.name,
         )
+        with self.trackers:
+            return self._train(hooks)
+
+    def _train(self, hooks: Hooks) -> int:
         with self.view, self.signals:
             for message in self.messages:
                 self.view.line(message)
@@ -267,6 +277,7 @@ class _Run:
             elif self.signals.name:
                 self.view.line(f"{self.signals.name} came at the last step: the run is complete")
         if stopped:
+            self.trackers.state = STOPPED
             self._write_ranks()
             self.metrics.close()
             return EXIT_CODES[stopped]
@@ -329,6 +340,7 @@ class _Run:
         summary = summarise(self.session, self.progress, rss, device)
         # Last of all: a folder with a summary is a finished run.
         atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(jsonable(summary), indent=2) + "\n")
+        self.trackers.end(summary)
         print_summary(summary, files | {"all files": self.out})
 
     def _write_ranks(self) -> None:
