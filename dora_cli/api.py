@@ -85,6 +85,8 @@ def adapt(
     if export not in ("exact", "uniform"):
         raise UserError(f"export={export} is not offered", hint="it is exact or uniform")
     table = load_parts()
+    if any(isinstance(module, AdapterLayer) for module in model.modules()):
+        raise UserError("the model has adapters already", hint="merge() or unload() them, or take a fresh model")
     if unknown := parts.keys() - table.keys():
         raise UserError(f"adapt() has no argument '{min(unknown)}'", hint=f"parts are {', '.join(table)}")
     composed = from_preset(method, table, parts, options or {}, budget=budget, seed=seed, export=export)

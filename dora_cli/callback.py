@@ -84,12 +84,13 @@ class DoraCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         args.max_grad_norm = self._clip_norm
-        if self.dora.step >= self.dora.final_step:
+        if self.dora.allocation.allocator.compacts and self.dora.step >= self.dora.final_step:
             self.dora.allocation.table.compact(_bare(kwargs["optimizer"]))
 
     def _check(self, args: TrainingArguments, optimizer: Optimizer) -> None:
         allocator = self.dora.composed.parts["allocator"]
-        mine = {id(p) for layer in self.dora.layers.values() for p in layer.adapter_parameters().values()}
+        tensors = [p for layer in self.dora.layers.values() for p in layer.adapter_parameters().values()]
+        mine = {id(p) for p in tensors if p.requires_grad and p.numel()}
         if not mine <= {id(p) for g in optimizer.param_groups if "role" in g for p in g["params"]}:
             raise UserError(
                 "the Trainer has made an optimizer of its own, in which gates decay and rates are lost",

@@ -298,6 +298,8 @@ def test_without_a_number_of_steps_it_says_so() -> None:
     dora.start(10)
     with pytest.raises(UserError, match="schedule already"):
         dora.start(10)
+    with pytest.raises(UserError, match="adapters already"):
+        adapt(dora.model, budget=0.5, options={"adapter.rank": 4})
 
 
 def test_the_package_alone_imports_no_torch() -> None:
