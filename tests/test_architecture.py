@@ -13,7 +13,8 @@ PACKAGE = Path(dora_cli.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import those of lower levels and its own; rooms of one level never each other.
 LEVEL = {
-    "train": 5,  # ``python -m dora_cli.train``
+    "callback": 6,  # of transformers' Trainer
+    **dict.fromkeys(("train", "api"), 5),  # ``python -m dora_cli.train``; the Python API
     "cli": 4,
     **dict.fromkeys(("training", "checkpoints", "evaluation", "reporting"), 3),
     "allocation": 2,

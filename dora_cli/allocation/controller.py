@@ -41,6 +41,8 @@ class Allocation:
         probe: the loss on a fixed validation batch, for importances that need it.
         units: what is allocated: ``components``, ``tensors``, or whole ``modules``.
         agree: of several processes, gives each the scores of one of them, so that all choose the same to the bit.
+        rebuilds: whether what is dropped leaves its tensors while training goes on; where not, they keep their shapes,
+            and ``table.compact()`` may be called afterwards. The weights that are left are the same.
 
     Raises:
         UserError: the schedule's window does not fit the run, or the allocator needs a budget and has none.
@@ -59,13 +61,14 @@ class Allocation:
         probe: Callable[[], float] | None = None,
         units: str = "components",
         agree: Callable[[Tensor], Tensor] = lambda scores: scores,
+        rebuilds: bool = True,
     ) -> None:
         self.table = UnitTable(layers, units)
         self.schedule, self.importance, self.allocator, self.regularizer = schedule, importance, allocator, regularizer
         self.window = allocator.window(schedule, total_steps)
         self.by_cost = target is not None and target.by_cost and allocator.mode in ("shrink", "grow", "constant")
         self.first, self.last = allocator.bounds(self.table, target)
-        self.probe, self.agree = probe, agree
+        self.probe, self.agree, self.rebuilds = probe, agree, rebuilds
         self.start_count, self.start_cost = len(self.table), int(self.table.cost.sum())
         allocator.attach(self.table)
         importance.attach(self.table)
@@ -182,7 +185,7 @@ class Allocation:
             return self.probe()
 
     def _compact(self, step: int, optimizer: Optimizer) -> None:
-        if not self.allocator.compacts or not self.table.dead():
+        if not (self.allocator.compacts and self.rebuilds) or not self.table.dead():
             return
         early = self.table.dead_share() >= DEAD_SHARE and self.table.compactions < MAX_COMPACTIONS
         if step == self.window.end or early:

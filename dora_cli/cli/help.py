@@ -127,8 +127,8 @@ def merge_help() -> str:
             "",
             *_wrap(
                 "Add an adapter, or several, to the base model and write a plain transformers folder. Adapters may be "
-                "dora-train's, PEFT's, MLX-LM's or AdapterHub's. Weights are read and written in pieces, so memory does "
-                "not grow with the model."
+                "dora-train's, PEFT's, MLX-LM's or AdapterHub's. Weights are read and written in pieces, so memory "
+                "does not grow with the model."
             ),
             *_section("keys (defaults in brackets)", MERGE_KEYS),
             *_section("flags", HELP_FLAGS),

@@ -1,5 +1,6 @@
 """What a run leaves: its weights as they are, in the layout that serves them (DESIGN 5)."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,66 +23,95 @@ from dora_cli.checkpoints.adapter_format import (
 from dora_cli.models.quantised import stored_transposed
 from dora_cli.training.setup import Session
 from dora_cli.training.shard import architecture
-from dora_cli.training.summary import rank_map
+from dora_cli.training.summary import Trained, rank_map
 
 
 def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None:
-    """Write the weights as they are into ``folder``, in PEFT's layout where ΔW has low rank (DESIGN 5)."""
-    composed = session.composed
+    """Write a run's weights as they are into ``folder``, in PEFT's layout where ΔW has low rank (DESIGN 5)."""
+    write_trained(
+        session,
+        folder,
+        {
+            "recipe": session.composed.recipe,
+            "step": record["step"],
+            "metrics": record["metrics"],
+            "added_tokens": session.config.model.add_tokens,
+            "quantization": asdict(session.quantised) if session.quantised else None,
+        },
+        task_type=session.task.peft_task_type,
+        base_name=session.source,
+        revision=session.config.model.revision,
+        tokens=[TokenRows(n, la.ids.tolist(), la.rows.detach().cpu()) for n, la in session.token_rows.items()],
+        tokenizer=session.tokenizer if session.new_tokens else None,
+    )
+
+
+def write_trained(
+    trained: Trained,
+    folder: Path,
+    about: Mapping[str, Any],
+    *,
+    task_type: str | None,
+    base_name: str | None,
+    revision: str | None = None,
+    tokens: Sequence[TokenRows] = (),
+    tokenizer: Any = None,
+) -> None:
+    """Write weights as they are into ``folder``; ``about`` goes into ``method.json`` beside what they say themselves.
+
+    The other arguments are those of ``write_adapter``.
+    """
+    composed, model = trained.composed, trained.model
     method = {
+        **about,
         "method": composed.method,
         "parts": composed.names,
-        "recipe": composed.recipe,
-        "step": record["step"],
-        "metrics": record["metrics"],
-        "architecture": architecture(session.model),
-        "base_model_prefix": getattr(session.model, "base_model_prefix", ""),
-        "model_config": _model_config(session.model),
-        "ranks": rank_map(session),
-        "added_tokens": session.config.model.add_tokens,
-        "quantization": asdict(session.quantised) if session.quantised else None,
-        "modules": session.allocation.table.names,  # what ``module`` in method_state.safetensors counts
+        "architecture": architecture(model),
+        "base_model_prefix": getattr(model, "base_model_prefix", ""),
+        "model_config": _model_config(model),
+        "ranks": rank_map(trained),
+        "modules": trained.allocation.table.names,  # what ``module`` in method_state.safetensors counts
     }
-    task_type = session.task.peft_task_type
-    heads = saved_by_peft((n for n, _ in session.model.named_modules()), session.head_modules, task_type)
+    heads = saved_by_peft((n for n, _ in model.named_modules()), trained.head_modules, task_type)
     # Of the heads alone: asked for all of it, a sharded model would let go of what the other processes still hold.
-    head = {k: v for name in heads for k, v in session.model.get_submodule(name).state_dict(prefix=f"{name}.").items()}
+    head = {k: v for name in heads for k, v in model.get_submodule(name).state_dict(prefix=f"{name}.").items()}
     common: dict[str, Any] = {
         "head_modules": heads,
-        "base_name": session.source,
-        "revision": session.config.model.revision,
+        "base_name": base_name,
+        "revision": revision,
         "task_type": task_type,
         "method": method,
     }
-    if composed.parts["adapter"].export == "full":
-        trained = {n: p.detach() for n, p in session.trained_parameters().items()}
-        write_full(folder, {**trained, **head}, **common)
+    kind = composed.parts["adapter"].export
+    if kind == "full":
+        parameters = {n: p.detach() for n, p in trained.trained_parameters().items()}
+        write_full(folder, {**parameters, **head}, **common)
         return
-    if composed.parts["adapter"].export == "square":
-        squares = [_square(name, layer) for name, layer in session.layers.items() if layer.active]
-        write_square(folder, squares, head=head, state=session.allocation.unit_state(), **common)
+    if kind == "square":
+        squares = [_square(name, layer) for name, layer in trained.layers.items() if layer.active]
+        write_square(folder, squares, head=head, state=trained.allocation.unit_state(), **common)
         return
-    modules = [_low_rank(session, name) for name in session.targets]
-    if composed.parts["adapter"].export == "decomposed":  # then what is its base again stays out of the file
+    modules = [low_rank(trained, name) for name in trained.targets]
+    if kind == "decomposed":  # then what is its base again stays out of the file
         modules = [module for module in modules if isinstance(module, WeightDecomposed)] or modules
     write_adapter(
         folder,
         modules=modules,
         head=head,
-        export=session.config.export,
-        state=session.allocation.unit_state(),
-        tokens=[TokenRows(n, la.ids.tolist(), la.rows.detach().cpu()) for n, la in session.token_rows.items()],
-        tokenizer=session.tokenizer if session.new_tokens else None,
+        export=composed.config.export,
+        state=trained.allocation.unit_state(),
+        tokens=tokens,
+        tokenizer=tokenizer,
         **common,
     )
 
 
-def _low_rank(session: Session, name: str) -> LowRank:
+def low_rank(trained: Trained, name: str) -> LowRank:
     """The living components of one target module; none where it has no adapter (any more)."""
-    table = session.allocation.table
-    if name not in session.layers:
-        return _nothing(name, session.model.get_submodule(name))
-    layer = session.layers[name]
+    table = trained.allocation.table
+    if name not in trained.layers:
+        return _nothing(name, trained.model.get_submodule(name))
+    layer = trained.layers[name]
     a, b = layer.low_rank()
     if not layer.active:
         return _nothing(name, layer.base_layer)
@@ -105,6 +135,6 @@ def _nothing(name: str, module: torch.nn.Module) -> LowRank:
 
 
 def _model_config(model: Any) -> dict[str, Any]:
-    """The configuration as trained: labels, problem type, pad token."""
-    settings: dict[str, Any] = model.config.to_diff_dict()
+    """The configuration as trained: labels, problem type, pad token; of a model of transformers'."""
+    settings: dict[str, Any] = model.config.to_diff_dict() if hasattr(model, "config") else {}
     return settings

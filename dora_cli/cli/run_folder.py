@@ -8,17 +8,18 @@ from yaml import YAMLError, safe_load
 
 from dora_cli.config.record import recipe_of
 from dora_cli.errors import UserError
+from dora_cli.reporting.trackers import FOLDERS, STATE
 
 CONFIG, SUMMARY, METRICS, RANKS, LOG = "config.yaml", "summary.json", "metrics.jsonl", "ranks.json", "train.log"
 ADAPTER, MERGED, CHECKPOINTS, REPORT = "adapter", "merged", "checkpoints", "report.html"
 # Hidden files (the lock, leftovers of killed processes) count for nothing.
-OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, REPORT)
+OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, REPORT, STATE, *FOLDERS)
 
 # What may differ between an interrupted run and its resumption: logging, saving, workers, cache, how it was called.
 FREE_ON_RESUME = (
     *("out", "resume", "overwrite", "dry_run", "offline", "save.merged", "save.report"),
     *("train.log_every", "train.save_every", "train.keep_last", "train.workers", "train.max_skipped"),
-    *("data.cache", "train.timeout", "train.shard"),
+    *("data.cache", "train.timeout", "train.shard", "track"),
 )
 
 
@@ -109,7 +110,7 @@ def check_same(saved_yaml: str, yaml: str, where: Path) -> None:
 
 def differences(yaml: str, other: str, free: tuple[str, ...] = ()) -> list[str]:
     """``key: a → b`` for each key of two configuration files that differs, but for ``free`` ones."""
-    old, new = _flat(yaml), _flat(other)
+    old, new = flat(yaml), flat(other)
     return [
         f"{key}: {old.get(key)} → {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -117,7 +118,7 @@ def differences(yaml: str, other: str, free: tuple[str, ...] = ()) -> list[str]:
     ]
 
 
-def _flat(text: str) -> dict[str, Any]:
+def flat(text: str) -> dict[str, Any]:
     """Dotted key → value of a configuration file, without its defaults list."""
     flat: dict[str, Any] = {}
 

@@ -23,6 +23,7 @@ from dora_cli.cli.lock import locked
 from dora_cli.cli.publish_run import require_hub, upload, write_run_cards
 from dora_cli.cli.result_run import write_result
 from dora_cli.cli.signals import EXIT_CODES, Signals
+from dora_cli.cli.track_run import build_trackers, tracked
 from dora_cli.config.compose import Composed
 from dora_cli.config.schema import Config
 from dora_cli.errors import UserError
@@ -33,6 +34,8 @@ from dora_cli.reporting.events import ALLOCATION, MetricsFile, jsonable, read_ev
 from dora_cli.reporting.report import write_report
 from dora_cli.reporting.runs import read_run
 from dora_cli.reporting.terminal import View, show
+from dora_cli.reporting.trackers.base import STOPPED
+from dora_cli.reporting.trackers.base import check as check_trackers
 from dora_cli.training.loop import Hooks, train
 from dora_cli.training.parallel import agree
 from dora_cli.training.plan import alive_word, describe
@@ -62,6 +65,7 @@ def run(composed: Composed, world: World = ALONE, built: Callable[[Session], obj
         os.environ["HF_HUB_OFFLINE"] = "1"
     if config.push_to_hub:
         world.on_main(lambda: require_hub(str(config.push_to_hub), offline=config.offline))
+    check_trackers(tracked(config.track), offline=config.offline)
     if config.dry_run:
         session = _ready(composed, None, world)
         built(session)
@@ -251,8 +255,10 @@ class _Run:
         if checkpoint is not None:
             put_back(checkpoint, out / run_folder.ADAPTER)  # the best so far, or the last
             self.messages.append(f"resuming from {checkpoint}; the plan is in {run_folder.LOG}")
+        self.trackers = build_trackers(session.composed, out, say=lambda text: self.view.line(text))
         # The checkpoint's own copy ends where it was written, and is known to be whole.
-        self.metrics = MetricsFile(out / run_folder.METRICS, checkpoint and checkpoint / run_folder.METRICS)
+        start = checkpoint and checkpoint / run_folder.METRICS
+        self.metrics = MetricsFile(out / run_folder.METRICS, start, copy=self.trackers.log)
         self.view = View(
             total_steps=session.total_steps,
             start_units=session.allocation.start_count,
@@ -277,6 +283,10 @@ class _Run:
             evaluated=self._evaluated,
             stop=lambda: self.signals.name,
         )
+        with self.trackers:
+            return self._train(hooks)
+
+    def _train(self, hooks: Hooks) -> int:
         with self.view, self.signals:
             for message in self.messages:
                 self.view.line(message)
@@ -287,6 +297,7 @@ class _Run:
             elif self.signals.name:
                 self.view.line(f"{self.signals.name} came at the last step: the run is complete")
         if stopped:
+            self.trackers.state = STOPPED
             self._write_ranks()
             self.metrics.close()
             self._write_report()
@@ -352,6 +363,7 @@ class _Run:
         # A folder with a summary is a finished run; what comes after it can be made from the folder.
         atomic_write_text(self.out / run_folder.SUMMARY, json.dumps(jsonable(summary), indent=2) + "\n")
         self._write_report()
+        self.trackers.end(summary)
         show(logged_end(self.out, summary, files | {"all files": self.out}))
         if self.session.config.export == "uniform":
             print("\n".join(serving_note(self.out / run_folder.ADAPTER)))

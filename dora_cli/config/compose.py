@@ -93,8 +93,8 @@ def compose(
         names[group] = name = values[group].pop("name")
         if name not in parts[group]:
             raise UserError(f"unknown {group} '{name}'", where=origin.get(f"{group}.name"))
-        options, unread = _options(group, name, values[group], parts, given)
-        built[group] = _build(group, parts[group][name], options, origin)
+        options, unread = part_options(group, name, values[group], parts, given)
+        built[group] = build_part(group, parts[group][name], options, origin)
         values[group] = {"name": name, **options}
         dropped += unread
     config = Config(**{f.name: getattr(root, f.name) for f in fields(Config)})
@@ -199,7 +199,7 @@ def _check_ranges(values: Mapping[str, Any], keys: Mapping[str, Key], origin: Ma
         check_range(key, value, origin.get(name))
 
 
-def _options(
+def part_options(
     group: str, name: str, values: Mapping[str, Any], parts: Parts, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """The part's options with its own defaults filled in, and a line for each option from a file that it does not read.
@@ -222,7 +222,7 @@ def _options(
     return own | {o: v for o, v in values.items() if o in own and v is not None}, dropped
 
 
-def _build(group: str, part: type, options: Mapping[str, Any], origin: Mapping[str, str | None]) -> Any:
+def build_part(group: str, part: type, options: Mapping[str, Any], origin: Mapping[str, str | None]) -> Any:
     """Check the options against the part's own types and ranges, and make the part."""
     hints = get_type_hints(part)
     for f in fields(part):

@@ -144,6 +144,13 @@ class HubConfig:
 
 
 @dataclass
+class TrackConfig:
+    to: Any = key(None, "other tools that follow the run: tensorboard, wandb, mlflow, trackio; one, or a list")
+    project: str = key("dora_cli", "what they file runs under (an MLflow experiment; TensorBoard has none)")
+    name: str | None = key(None, "what they call the run; null: as its folder is called")
+
+
+@dataclass
 class Config:
     budget: Any = key(None, "what is left at the end: a share (0.1), parameters (340k), an average rank (r4)")
     seed: int = key(1, "seed of everything random", low=0, high=2**32 - 1)
@@ -161,6 +168,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
 
 def part_schema(group: str, parts: Mapping[str, type]) -> type:

@@ -34,6 +34,8 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] | None, exclude:
         UserError: the model has no candidates; a pattern chooses nothing, or names what can't be a target.
     """
     candidates = _candidates(model, exclude)
+    if not candidates and targets is not None:  # no transformer: then any linear layer may be named
+        candidates = _candidates(model, exclude, inside=("",))
     if not candidates:
         raise UserError(
             f"{type(model).__name__} has no linear layers inside transformer layers",
@@ -75,9 +77,11 @@ def stacked_experts(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if re.search(r"\.experts\.\w+$", name)]
 
 
-def _candidates(model: nn.Module, exclude: Collection[str]) -> list[str]:
+def _candidates(model: nn.Module, exclude: Collection[str], inside: tuple[str, ...] | None = None) -> list[str]:
+    """``inside``: how names begin; default below the lists of transformer layers."""
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    layers = lists if inside is None else inside
     return [
         name
         for name, module in model.named_modules()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ class MetricsFile:
     Args:
         path: the file.
         start: the file as it was when the checkpoint was written from which the run goes on; None starts a new one.
+        copy: is handed each record that is written.
     """
 
-    def __init__(self, path: Path, start: Path | None = None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, start: Path | None = None, copy: Callable[[dict[str, Any]], None] = lambda record: None
+    ) -> None:
+        self.path, self._copy = path, copy
         records = read_metrics(start) if start is not None else []
         partial = path.with_name(f".{path.name}.tmp")  # one run per folder: nobody else writes it
         partial.write_text("".join(map(_line, records)), encoding="utf-8")
@@ -28,6 +32,7 @@ class MetricsFile:
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(_line(record))
         self._file.flush()
+        self._copy(record)
 
     def sync(self) -> None:
         """Make what is written survive a crash of the machine."""

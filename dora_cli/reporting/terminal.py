@@ -127,6 +127,7 @@ class View:
         self.live: Live | None = None
 
     def __enter__(self) -> "View":
+        self.started = time.monotonic()
         if self.console.draws:
             self.live = Live(self._panel(), console=self.console, auto_refresh=False)
             with to_whoever_looks():

@@ -16,20 +16,40 @@ from dora_cli.config.schema import TrainConfig
 def build_optimizer(
     model: nn.Module, layers: Mapping[str, AdapterLayer], head_modules: list[str], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    """Fused AdamW over adapters, base weights that train, and the head with its own learning rate."""
-    groups: list[dict[str, Any]] = parameter_groups(layers, lr=config.learning_rate, weight_decay=config.weight_decay)
+    """Fused AdamW over all that trains (see ``all_groups``)."""
+    groups = all_groups(
+        model,
+        layers,
+        head_modules,
+        lr=config.learning_rate,
+        head_lr=config.head_learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def all_groups(
+    model: nn.Module,
+    layers: Mapping[str, AdapterLayer],
+    head_modules: list[str],
+    *,
+    lr: float,
+    head_lr: float | None,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """An optimizer's groups: adapters, base weights that train, and the head with its own learning rate."""
+    groups: list[dict[str, Any]] = parameter_groups(layers, lr=lr, weight_decay=weight_decay)
     mine = {id(p) for layer in layers.values() for p in layer.adapter_parameters().values()}
     rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
     head = [(n, p) for n, p in rest if any(n == h or n.startswith(h + ".") for h in head_modules)]
     in_head = {n for n, _ in head}
     body = [(n, p) for n, p in rest if n not in in_head]
-    head_rate = config.head_learning_rate or config.learning_rate
-    for named, rate in ((body, config.learning_rate), (head, head_rate)):
+    for named, rate in ((body, lr), (head, head_lr or lr)):
         # Biases and norms (vectors) are not decayed.
-        groups.append({"params": [p for _, p in named if p.dim() > 1], "lr": rate, "weight_decay": config.weight_decay})
+        groups.append({"params": [p for _, p in named if p.dim() > 1], "lr": rate, "weight_decay": weight_decay})
         groups.append({"params": [p for _, p in named if p.dim() <= 1], "lr": rate, "weight_decay": 0.0})
     # Adapters' groups stay even when empty: what is frozen now may be thawed.
-    return torch.optim.AdamW([g for g in groups if g["params"] or "role" in g], fused=True)
+    return [g for g in groups if g["params"] or "role" in g]
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, verdict: Verdict) -> None:

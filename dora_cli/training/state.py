@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dora_cli.errors import UserError
 from dora_cli.processes import Parcel
@@ -40,11 +41,11 @@ def capture(session: Session, progress: Progress) -> tuple[dict[str, dict[str, T
     Returns:
         File stem → tensors, for safetensors; and the rest, for JSON.
     """
-    allocation_tensors, allocation_rest = _split(session.allocation.state_dict())
+    allocation_tensors, allocation_rest = split(session.allocation.state_dict())
     own = session.own_random.state if session.own_random is not None else {}
     tensors = {
         "model": {name: p.detach() for name, p in session.trained_parameters().items()},
-        "optimizer": _optimizer_tensors(session),
+        "optimizer": moments(session.model, session.optimizer),
         "allocation": allocation_tensors,
         "random": _random_tensors(session.device) | _flat(session.world.gather(own)),
     }
@@ -84,15 +85,12 @@ def restore(session: Session, tensors: Mapping[str, Mapping[str, Tensor]], rest:
         session.traffic.load(rest["traffic"])
     if session.stream is not None:
         session.stream.restore(rest["stream"])
-    session.allocation.load_state_dict(_join(tensors["allocation"], rest["allocation"]))
-    trained = dict(session.model.named_parameters())
-    with torch.no_grad():
-        for name, value in tensors["model"].items():
-            trained[name].copy_(value)
+    session.allocation.load_state_dict(join(tensors["allocation"], rest["allocation"]))
+    load_values(session.model, tensors["model"])
     config = session.config.train
     session.optimizer = build_optimizer(session.model, session.layers, session.head_modules, config)
     session.scheduler = build_scheduler(session.optimizer, config, session.total_steps)
-    _load_optimizer(session, tensors["optimizer"])
+    load_moments(session.model, session.optimizer, tensors["optimizer"])
     _advance(session, int(rest["scheduler"]["last_epoch"]))
     _load_random(session.device, tensors["random"], rest["random"])
     progress = Progress(**rest["progress"])
@@ -101,21 +99,29 @@ def restore(session: Session, tensors: Mapping[str, Mapping[str, Tensor]], rest:
     return progress
 
 
-def _optimizer_tensors(session: Session) -> dict[str, Tensor]:
+def load_values(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters, by full name, the values that they had; shapes must be those of then."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in tensors.items():
+            parameters[name].copy_(value)
+
+
+def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Moments keyed by parameter name, so that they find their parameter whatever the groups look like."""
     return {
         f"{name}{SEPARATOR}{key}": value
-        for name, parameter in session.model.named_parameters()
-        for key, value in session.optimizer.state.get(parameter, {}).items()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def _load_optimizer(session: Session, tensors: Mapping[str, Tensor]) -> None:
-    parameters = dict(session.model.named_parameters())
+def load_moments(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
     for full_key, value in tensors.items():
         name, key = full_key.rsplit(SEPARATOR, 1)
         parameter = parameters[name]
-        session.optimizer.state[parameter][key] = value.to(parameter.device).clone()
+        optimizer.state[parameter][key] = value.to(parameter.device).clone()
 
 
 def _advance(session: Session, last_epoch: int) -> None:
@@ -169,7 +175,8 @@ def _load_random(device: torch.device, tensors: Mapping[str, Tensor], numbers: M
         torch.cuda.set_rng_state(tensors["cuda"].cpu(), device)
 
 
-def _split(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def split(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An allocation's state as tensors, and the rest, for JSON."""
     flat = {f"{part}{SEPARATOR}{key}": value for part, values in state.items() for key, value in values.items()}
     return (
         {k: v for k, v in flat.items() if isinstance(v, Tensor)},
@@ -177,7 +184,8 @@ def _split(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], d
     )
 
 
-def _join(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def join(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """And back."""
     state: dict[str, dict[str, Any]] = {part: {} for part in ("table", "importance", "allocator", "regularizer")}
     for full_key, value in {**tensors, **rest}.items():
         part, key = full_key.split(SEPARATOR, 1)

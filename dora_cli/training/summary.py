@@ -3,13 +3,17 @@
 import platform
 import resource
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from dora_cli.training.setup import Session
+from dora_cli.adapters.base import AdapterLayer
+from dora_cli.allocation.controller import Allocation
+from dora_cli.training.setup import Composed, Session
 from dora_cli.training.state import Progress
 
 MIB = 2**20
@@ -67,15 +71,33 @@ def peaks(session: Session) -> tuple[int, int | None]:
     return rss, None if on_device is None else device
 
 
-def rank_map(session: Session) -> dict[str, int]:
+class Trained(Protocol):
+    """What can be said of trained layers, and be saved of them: of a session, or of somebody's own loop."""
+
+    @property
+    def composed(self) -> Composed: ...
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def layers(self) -> Mapping[str, AdapterLayer]: ...
+    @property
+    def targets(self) -> Sequence[str]: ...
+    @property
+    def head_modules(self) -> Sequence[str]: ...
+    @property
+    def allocation(self) -> Allocation: ...
+    def trained_parameters(self) -> dict[str, nn.Parameter]: ...
+
+
+def rank_map(trained: Trained) -> dict[str, int]:
     """Living components of every target module, those without an adapter included."""
-    if session.allocation.table.kind == "components":
-        table = session.allocation.table
+    if trained.allocation.table.kind == "components":
+        table = trained.allocation.table
         counts = torch.bincount(table.module[table.contributing()], minlength=len(table.names)).tolist()
         living = dict(zip(table.names, counts, strict=True))
     else:
-        living = {name: layer.rank if layer.active else 0 for name, layer in session.layers.items()}
-    return {name: living.get(name, 0) for name in session.targets}
+        living = {name: layer.rank if layer.active else 0 for name, layer in trained.layers.items()}
+    return {name: living.get(name, 0) for name in trained.targets}
 
 
 def peak_rss_mib() -> int:
