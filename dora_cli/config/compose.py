@@ -43,9 +43,9 @@ class Composed:
     method: str
     dropped: list[str]
     yaml: str
-    data: str
-    tuned: dict[str, Any]
-    origin: dict[str, str | None]
+    data: str = ""
+    tuned: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, str | None] = field(default_factory=dict)
 
 
 def compose(
