@@ -217,6 +217,36 @@ def recipes_help() -> str:
     )
 
 
+def report_help() -> str:
+    """The text of ``dora-report --help``."""
+    return "\n".join(
+        [
+            "usage: dora-report runs=GLOB_OR_LIST [out=DIR] [baseline=METHOD]",
+            "",
+            *_wrap(
+                "Compare finished runs: those that differ in nothing but the seed are one group. Prints a table, and "
+                "writes index.html (quality against parameters, curves, rank maps, what differs), table.csv (a row a "
+                "run), summary.csv (a row a group), table.md and the charts as PNG."
+            ),
+            *_section(
+                "keys (defaults in brackets)",
+                {
+                    "runs": "run folders: a pattern ('runs/sweep/*', 'runs/**'), a list (a,b), or a folder of runs; "
+                    "may stand several times",
+                    "out": "folder for the comparison, new, empty or one to replace [comparison, beside the runs]",
+                    "baseline": "method or group that all are compared with, seed by seed [the best]",
+                },
+            ),
+            *_section("exit codes", EXIT_CODES),
+            *_examples(
+                "dora-report runs='runs/sweep/*'",
+                "dora-report runs=runs/a,runs/b out=a-against-b",
+                "dora-report runs='runs/**' baseline=lora out=report",
+            ),
+        ]
+    )
+
+
 def styled(text: str, *, color: bool) -> str:
     """Help with its headings in bold, where that is wanted."""
     if not color:

@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError, safe_load
+from yaml import YAMLError
 
+from dora_cli.config.differences import FREE_ON_RESUME, differences
 from dora_cli.config.record import recipe_of
 from dora_cli.errors import UserError
 
@@ -13,13 +14,6 @@ CONFIG, SUMMARY, METRICS, RANKS, LOG = "config.yaml", "summary.json", "metrics.j
 ADAPTER, MERGED, CHECKPOINTS, REPORT = "adapter", "merged", "checkpoints", "report.html"
 # Hidden files (the lock, leftovers of killed processes) count for nothing.
 OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, REPORT)
-
-# What may differ between an interrupted run and its resumption: logging, saving, workers, cache, how it was called.
-FREE_ON_RESUME = (
-    *("out", "resume", "overwrite", "dry_run", "offline", "save.merged", "save.report"),
-    *("train.log_every", "train.save_every", "train.keep_last", "train.workers", "train.max_skipped"),
-    *("data.cache", "train.timeout", "train.shard"),
-)
 
 
 def default_out(recipe: str, method: str, budget: Any, seed: int) -> Path:
@@ -105,32 +99,3 @@ def check_same(saved_yaml: str, yaml: str, where: Path) -> None:
             where=f"{where}: {shown}",
             hint="repeat the command of the interrupted run, or start anew in another out=DIR",
         )
-
-
-def differences(yaml: str, other: str, free: tuple[str, ...] = ()) -> list[str]:
-    """``key: a → b`` for each key of two configuration files that differs, but for ``free`` ones."""
-    old, new = _flat(yaml), _flat(other)
-    return [
-        f"{key}: {old.get(key)} → {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not (free and key.startswith(free))
-    ]
-
-
-def _flat(text: str) -> dict[str, Any]:
-    """Dotted key → value of a configuration file, without its defaults list."""
-    flat: dict[str, Any] = {}
-
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, dict) and node:
-            for key, value in node.items():
-                walk(value, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            flat[prefix] = node
-
-    content = safe_load(text)
-    if not isinstance(content, dict):
-        raise YAMLError("no mapping")
-    content.pop("defaults", None)
-    walk(content, "")
-    return flat

@@ -134,14 +134,16 @@ def plain_numbers(axes: "Axes", of: str = "y") -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def log_scale(axes: "Axes") -> None:
-    """A logarithmic axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def log_scale(axes: "Axes", of: str = "y") -> None:
+    """A logarithmic axis with plain numbers; to be called when all is drawn: within a decade it has more of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(numticks=6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    (axes.set_yscale if of == "y" else axes.set_xscale)("log")
+    axis = axes.yaxis if of == "y" else axes.xaxis
+    low, high = axes.get_ylim() if of == "y" else axes.get_xlim()
+    axis.set_major_locator(LogLocator(numticks=6) if high > 20 * low else MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _themed(svg: str, kind: str, says: str) -> str:
