@@ -11,7 +11,7 @@ from dora_cli.config.differences import FREE_ON_RESUME
 from dora_cli.errors import UserError
 from dora_cli.reporting.compare import check_baseline, compare
 from dora_cli.reporting.compare_page import INDEX, OURS, write_comparison
-from dora_cli.reporting.compare_tables import text_table
+from dora_cli.reporting.compare_tables import caution, text_table
 from dora_cli.reporting.runs import CONFIG, Run, read_run
 
 COMPARISON = "comparison"  # the folder, where no other is named
@@ -58,6 +58,8 @@ def comparison(runs: Sequence[Run], place: Path, notes: Sequence[str] = (), base
         lines.append(f"note: {len(settings)} settings (data and metric), each compared by itself")
     for setting, of_setting in zip(settings, references, strict=True):
         lines += ["", *text_table(setting, of_setting)]
+        if caution(setting):
+            lines.append(f"note: {caution(setting)}")
     to = f"to {baseline}" if baseline else "to the best"
     lines += ["", "* best mean, ~ within one standard deviation of it; ± is that of one run over n seeds"]
     lines += [f"difference: {to}, of runs with the same seed", f"page: {place / INDEX}"]

@@ -14,6 +14,8 @@ CONFIG, SUMMARY, METRICS, RANKS, LOG = "config.yaml", "summary.json", "metrics.j
 ADAPTER, MERGED, CHECKPOINTS, REPORT = "adapter", "merged", "checkpoints", "report.html"
 # Hidden files (the lock, leftovers of killed processes) count for nothing.
 OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, REPORT)
+NOT_RESUMED = "resume=true: the configuration is not the interrupted run's"
+REPEAT = "repeat the command of the interrupted run, or start anew in another out=DIR"
 
 
 def default_out(recipe: str, method: str, budget: Any, seed: int) -> Path:
@@ -81,8 +83,8 @@ def clear(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_same(saved_yaml: str, yaml: str, where: Path) -> None:
-    """Refuse to resume under a configuration that would not go the same way.
+def check_same(saved_yaml: str, yaml: str, where: Path, *, message: str = NOT_RESUMED, hint: str = REPEAT) -> None:
+    """Refuse a run whose configuration would not go the same way; by default, to resume it.
 
     Raises:
         UserError: naming what differs, from what to what.
@@ -94,8 +96,4 @@ def check_same(saved_yaml: str, yaml: str, where: Path) -> None:
         raise UserError(f"{where} is damaged", where=cause, hint="start anew in another out=DIR") from None
     if different:
         shown = "; ".join(different[:6]) + (f"; and {len(different) - 6} more" if len(different) > 6 else "")
-        raise UserError(
-            "resume=true: the configuration is not the interrupted run's",
-            where=f"{where}: {shown}",
-            hint="repeat the command of the interrupted run, or start anew in another out=DIR",
-        )
+        raise UserError(message, where=f"{where}: {shown}", hint=hint)

@@ -141,7 +141,8 @@ def log_scale(axes: "Axes", of: str = "y") -> None:
     (axes.set_yscale if of == "y" else axes.set_xscale)("log")
     axis = axes.yaxis if of == "y" else axes.xaxis
     low, high = axes.get_ylim() if of == "y" else axes.get_xlim()
-    axis.set_major_locator(LogLocator(numticks=6) if high > 20 * low else MaxNLocator(5))
+    steps = (1.0,) if high > 1000 * low else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=6) if high > 8 * low else MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

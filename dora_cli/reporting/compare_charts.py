@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))  # on, off, … in line widths; () solid
 MARKERS = ("o", "s", "^", "D")
 MOST_LABELS = 14  # at the ends of curves
+MOST_POINTS = 8  # that have a label on a phone
 LONGEST_LABEL = 28  # characters, inside a chart
 LETTER, LINE, LEADER = 5.6, 13, 20  # CSS pixels: a letter of size 10 (about), a line of labels, what leads to one
 
@@ -28,10 +29,10 @@ class Looks:
         for group in groups:
             of_method.setdefault(group.method, []).append(group.label)
         budgets = list(dict.fromkeys(group.budget for group in groups))
-        by_budget = all(len({g.budget for g in groups if g.method == m}) == len(of_method[m]) for m in of_method)
+        self.by_budget = all(len({g.budget for g in groups if g.method == m}) == len(of_method[m]) for m in of_method)
         # Where a method has several groups at one budget, its groups are told apart instead.
         self._style = {
-            g.label: budgets.index(g.budget) if by_budget else of_method[g.method].index(g.label) for g in groups
+            g.label: budgets.index(g.budget) if self.by_budget else of_method[g.method].index(g.label) for g in groups
         }
 
     def colour(self, group: Group) -> str:
@@ -95,7 +96,7 @@ def _draw_quality(axes: "Axes", setting: Setting, looks: Looks, narrow: bool) ->
     for group in sized:
         assert group.metric is not None
         of_method = [g for g in sized if g.method == group.method]
-        if group is of_method[0] and len(of_method) > 1:
+        if looks.by_budget and group is of_method[0]:  # what a budget costs
             mx, my = zip(*sorted(at[g.label] for g in of_method), strict=True)
             axes.plot(mx, my, color=looks.colour(group), linewidth=1, alpha=0.5, zorder=2)
         axes.errorbar(
@@ -114,6 +115,8 @@ def _draw_quality(axes: "Axes", setting: Setting, looks: Looks, narrow: bool) ->
     axes.set_xlabel("adapter parameters at the end")
     axes.set_ylabel(setting.metric)
     axes.legend(loc="best", fontsize=9)
+    if narrow and len(sized) > MOST_POINTS:
+        return
     _label_points(axes, [(at[g.label], _cut(g.label)) for g in sized], narrow)
 
 

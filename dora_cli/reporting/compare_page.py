@@ -12,6 +12,7 @@ from dora_cli.reporting.compare_charts import Looks, charts
 from dora_cli.reporting.compare_tables import (
     LEGEND,
     as_csv,
+    caution,
     group_row,
     group_rows,
     mark,
@@ -86,6 +87,7 @@ def _shown(setting: Setting, references: Mapping[str, Group], place: Path) -> di
     compared = dict.fromkeys(reference.label for reference in references.values())
     return {
         "says": says(setting),
+        "caution": caution(setting),
         "metric": setting.metric,
         "rows": rows,
         "reference": next(iter(compared)) if len(compared) == 1 else "the baseline at the same budget",

@@ -30,11 +30,11 @@ def group_row(setting: Setting, group: Group, reference: Group | None) -> Row:
     """What is said of a group: heading → text, the same in the terminal, on the page and in Markdown."""
     difference = paired(group, reference) if reference is not None else None
     return {
-        "parameters": _whole(group.params),
-        "units": _whole(group.mean(lambda run: _budget(run)["components_end"])),
         setting.metric: plus_minus(group.metric),
         "n": str(len(group.finished)) + (f" of {len(group.runs)}" if group.unfinished else ""),
+        "parameters": _whole(group.params),
         "difference": plus_minus(difference, sign=True) if difference else "",
+        "units": _whole(group.mean(lambda run: _budget(run)["components_end"])),
         "time": _duration(group),
         "peak MiB": _whole(group.mean(peak_memory)),
         "trained": _whole(group.mean(lambda run: _summary(run).get("trained_params_mean"))),
@@ -46,6 +46,13 @@ def says(setting: Setting) -> str:
     return f"{setting.metric} on {setting.data}, {'higher' if setting.higher else 'lower'} is better"
 
 
+def caution(setting: Setting) -> str:
+    """What must be said where the best mean is of one run, and others of several; else empty."""
+    ns = [len(group.finished) for group in setting.measured]
+    alone = len(setting.best.finished) == 1 and max(ns) > 1
+    return f"the best, {setting.best.label}, was run once: how far its seeds lie apart is not known" if alone else ""
+
+
 def mark(setting: Setting, group: Group) -> str:
     """``*`` the best mean, ``~`` those within one standard deviation of it."""
     return "*" if group is setting.best else "~" if setting.is_near(group) else ""
@@ -55,7 +62,7 @@ def text_table(setting: Setting, references: Mapping[str, Group]) -> list[str]:
     """Lines of at most 80 columns; for long labels the last columns are left out, and then labels are cut."""
     labels = ["", *(f"{mark(setting, group):1} {group.label}" for group in setting.groups)]
     rows = [group_row(setting, group, references.get(group.label)) for group in setting.groups]
-    heads = ["parameters", setting.metric, "n", "difference", "time", "peak MiB"]
+    heads = [setting.metric, "n", "parameters", "difference", "time", "peak MiB"]
     columns = [[head, *(row[head] for row in rows)] for head in heads]
     widths = [max(map(len, column)) for column in columns]
     longest = max(map(len, labels))
@@ -128,6 +135,7 @@ def group_rows(settings: Sequence[Setting], references: Sequence[Mapping[str, Gr
     for setting, of_setting in zip(settings, references, strict=True):
         for group in setting.groups:
             reference = of_setting.get(group.label)
+            difference = paired(group, reference) if reference is not None else None
             yield {
                 **{"data": setting.data, "group": group.label, "method": group.method, "budget": group.budget},
                 **{"n": len(group.finished), "unfinished": len(group.unfinished)},
@@ -141,7 +149,8 @@ def group_rows(settings: Sequence[Setting], references: Sequence[Mapping[str, Gr
                 **_both("peak_mib", group.mean(peak_memory)),
                 **{"best": group is setting.best, "near_best": setting.is_near(group), "front": group in setting.front},
                 "compared_with": reference.label if reference is not None and reference is not group else None,
-                **_both("difference", paired(group, reference) if reference is not None else None),
+                "shared_seeds": difference.n if difference else None,
+                **_both("difference", difference),
             }
 
 
