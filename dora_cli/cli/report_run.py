@@ -61,7 +61,7 @@ def comparison(runs: Sequence[Run], place: Path, notes: Sequence[str] = (), base
         if caution(setting):
             lines.append(f"note: {caution(setting)}")
     to = f"to {baseline}" if baseline else "to the best"
-    lines += ["", "* best mean, ~ within one standard deviation of it; ± is that of one run over n seeds"]
+    lines += ["", "* best mean, ~ within one standard deviation of it; ± is that of one run"]
     lines += [f"difference: {to}, of runs with the same seed", f"page: {place / INDEX}"]
     return lines
 
@@ -80,7 +80,7 @@ def find_runs(values: Sequence[str]) -> tuple[list[Path], list[Path]]:
         found = _matches(word)
         if not found:
             raise UserError(
-                f"runs={word}: there is nothing", hint="name run folders, or a pattern such as 'runs/sweep/*'"
+                f"runs={word}: there is no such folder", hint="name run folders, or a pattern such as 'runs/sweep/*'"
             )
         inside = {path: list(_runs_in(path)) for path in found}
         if not any(inside.values()):

@@ -22,8 +22,8 @@ from dora_cli.reporting.compare_tables import (
 )
 from dora_cli.reporting.page import write_page
 from dora_cli.reporting.rank_map import arrange
-from dora_cli.reporting.report import DEEP, REPORT, depth
-from dora_cli.reporting.runs import Run
+from dora_cli.reporting.report import DEEP, depth
+from dora_cli.reporting.runs import REPORT, Run
 
 INDEX, RUNS_TABLE, GROUPS_TABLE, MARKDOWN = "index.html", "table.csv", "summary.csv", "table.md"
 OURS = re.compile(r"index\.html|table\.csv|summary\.csv|table\.md|(\d+-)?(quality|curve-[\w.-]+)\.png")

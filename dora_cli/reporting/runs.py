@@ -13,7 +13,7 @@ from dora_cli.errors import UserError
 from dora_cli.reporting.events import ALLOCATION, read_metrics
 
 Record = dict[str, Any]
-CONFIG = "config.yaml"
+CONFIG, REPORT = "config.yaml", "report.html"
 NO_EVALUATION = ("train", ALLOCATION, "skipped")  # the splits of metrics.jsonl that are none
 PARTS = ("adapter", "importance", "schedule", "allocator", "regularizer")
 
