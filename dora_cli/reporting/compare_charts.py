@@ -16,6 +16,11 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 MARKERS = ("o", "s", "^", "D")
 MOST_LABELS = 14  # at the ends of curves
 MOST_POINTS = 8  # that have a label on a phone
+# Where a point's label may stand: offset in CSS pixels and alignment, the best first.
+SPOTS = (
+    *((8, 9, "left"), (8, -9, "left"), (-8, 9, "right"), (-8, -9, "right")),
+    *((10, 0, "left"), (-10, 0, "right"), (0, 13, "center"), (0, -13, "center")),
+)
 LONGEST_LABEL = 28  # characters, inside a chart
 LETTER, LINE, LEADER = 5.6, 13, 20  # CSS pixels: a letter of size 10 (about), a line of labels, what leads to one
 
@@ -121,7 +126,7 @@ def _draw_quality(axes: "Axes", setting: Setting, looks: Looks, narrow: bool) ->
 
 
 def _label_points(axes: "Axes", points: list[tuple[tuple[float, float], str]], narrow: bool) -> None:
-    """Each point's label where it covers least: to the right, the left, above or below."""
+    """Each point's label where it covers least."""
     # Drawing units are CSS pixels: 72 a figure's inch.
     spots = [tuple(axes.transData.transform(point)) for point, _ in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
@@ -131,8 +136,7 @@ def _label_points(axes: "Axes", points: list[tuple[tuple[float, float], str]], n
     for (x, y), (point, text) in zip(spots, points, strict=True):
         width, height = len(text) * LETTER * size / 10 / scale, (size + 2) / scale
         best, least = None, float("inf")
-        for dx, dy, ha in ((9, 0, "left"), (-9, 0, "right"), (0, 12, "center"), (0, -12, "center"),
-                           (9, 11, "left"), (9, -11, "left"), (-9, 11, "right"), (-9, -11, "right")):  # fmt: skip
+        for dx, dy, ha in SPOTS:
             left = x + dx / scale - {"left": 0, "right": width, "center": width / 2}[ha]
             box = (left, y + dy / scale - height / 2, left + width, y + dy / scale + height / 2)
             outside = max(0, frame.x0 - box[0]) + max(0, box[2] - frame.x1)
