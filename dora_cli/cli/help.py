@@ -78,7 +78,8 @@ def train_help(folders: Sequence[Path]) -> str:
             *_section(
                 "flags",
                 {
-                    "-m, --multirun": "one run for each of budget=0.1,0.2 or seed=1,2,3; out is their parent",
+                    "-m, --multirun": "one run for each of budget=0.1,0.2 or seed=1,2,3; out is their parent; "
+                    "the same command again skips what is finished, and goes on with the rest",
                     **CONFIG_DIR,
                     **HELP_FLAGS,
                 },

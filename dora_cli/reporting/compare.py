@@ -64,6 +64,11 @@ class Group:
     def budget(self) -> str:
         return self.runs[0].budget
 
+    @property
+    def suffix(self) -> str:
+        """What the label says beside the method."""
+        return self.label.removeprefix(self.method)
+
     @cached_property
     def metric(self) -> Mean | None:
         return self.mean(value_of)
@@ -131,6 +136,8 @@ class Setting:
         found = {}
         for group in self.measured:
             same = called if len(called) == 1 else [other for other in called if other.budget == group.budget]
+            if len(same) > 1:  # told apart by another key
+                same = [other for other in same if other.suffix == group.suffix]
             if len(same) == 1:
                 found[group.label] = same[0]
         return found

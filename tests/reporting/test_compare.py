@@ -171,6 +171,14 @@ def test_a_baseline_with_several_budgets_is_taken_at_the_same_one(make_run: Make
     assert found == {"dora 0.1": "lora 0.1", "dora 0.2": "lora 0.2", "lora 0.1": "lora 0.1", "lora 0.2": "lora 0.2"}
 
 
+def test_a_baseline_is_taken_where_other_keys_are_the_same_too(make_run: MakeRun) -> None:
+    runs = read(*(make_run(f"{m}{r}", method=m, rate=r) for m in ("dora", "lora") for r in (0.1, 0.2)))
+    (setting,), _ = compare(runs, FREE_ON_RESUME)
+    found = {label: reference.label for label, reference in setting.references("lora").items()}
+    assert found["dora 0.25 learning_rate=0.1"] == "lora 0.25 learning_rate=0.1"
+    assert found["dora 0.25 learning_rate=0.2"] == "lora 0.25 learning_rate=0.2"
+
+
 def test_the_best_and_those_within_its_noise_are_marked(make_run: MakeRun) -> None:
     values = {"a": (0.90, 0.94), "b": (0.89, 0.91), "c": (0.70, 0.72)}  # means 0.92 ± 0.028, 0.90, 0.71
     runs = read(
