@@ -116,7 +116,7 @@ def _draw_quality(axes: "Axes", setting: Setting, looks: Looks, narrow: bool) ->
             zorder=3,
         )
     axes.margins(x=0.12, y=0.14)
-    log_scale(axes, "x")
+    log_scale(axes, "x", most=4 if narrow else 6)
     axes.set_xlabel("adapter parameters at the end")
     axes.set_ylabel(setting.metric)
     axes.legend(loc="best", fontsize=9)
