@@ -31,7 +31,6 @@ def report_runs(runs: Sequence[str], out: str | None = None, baseline: str | Non
     """
     folders, others = find_runs(runs)
     place = Path(expanduser(out)) if out else common_folder(folders) / COMPARISON
-    check_place(place)
     read, notes = _read(folders)
     if others:
         named = ", ".join(map(str, others[:SHOWN])) + (", …" if len(others) > SHOWN else "")

@@ -202,7 +202,7 @@ def compare(runs: Sequence[Run], free: tuple[str, ...]) -> tuple[list[Setting], 
         elif value_of(run) is None:
             notes.append(f"{run.folder} is left out: it has no evaluation of what it saved")
         else:
-            by_setting[_setting(run)].append(run)
+            by_setting[repr(_measure(run))].append(run)
     if not by_setting:
         raise UserError("none of these runs is finished with a result", hint="resume=true goes on with a run")
     for run in waiting:
@@ -212,10 +212,11 @@ def compare(runs: Sequence[Run], free: tuple[str, ...]) -> tuple[list[Setting], 
         else:
             home.append(run)
     settings = []
-    for found in by_setting.values():
+    titles = _titles([found[0] for found in by_setting.values()])
+    for title, found in zip(titles, by_setting.values(), strict=True):
         metric = found[0].main_metric
         assert metric is not None
-        settings.append(Setting(_data(found[0]), metric, _groups(found, free, notes)))
+        settings.append(Setting(title, metric, _groups(found, free, notes)))
     return settings, notes
 
 
@@ -243,15 +244,32 @@ def params_of(run: Run) -> float | None:
 
 
 # ---- which run belongs where ---------------------------------------------------------------------------------------
-def _rows(run: Run) -> str:
+def _rows(run: Run) -> dict[str, Any]:
     data = run.config.get("data") or {}
-    return repr([(key, data.get(key)) for key in ROWS])
+    return {f"data.{key}": data.get(key) for key in ROWS}
 
 
-def _setting(run: Run) -> str:
+def _measure(run: Run) -> dict[str, Any]:
+    """All that must be the same for two runs' main metrics to be compared."""
     name, data = run.main_metric, run.config.get("data") or {}
-    more = [run.config.get("model"), data.get("max_length"), data.get("template")] if name in BY_TOKENS else []
-    return repr((_rows(run), name, more))
+    by_tokens = {
+        "model": (run.config.get("model") or {}).get("name"),
+        "data.max_length": data.get("max_length"),
+        "data.template": data.get("template"),
+    }
+    return {"metric": name, **_rows(run), **(by_tokens if name in BY_TOKENS else {})}
+
+
+def _titles(runs: Sequence[Run]) -> list[str]:
+    """What each setting's data are called, from a run of each; those of one name with what they differ in."""
+    plain = [(_data(run), run.main_metric) for run in runs]
+    titles = []
+    for run, name in zip(runs, plain, strict=True):
+        same = [_measure(other) for other, called in zip(runs, plain, strict=True) if called == name]
+        ours = _measure(run)
+        more = ", ".join(f"{key}={value}" for key, value in ours.items() if any(o[key] != value for o in same))
+        titles.append(f"{name[0]} ({more})" if more else name[0])
+    return titles
 
 
 def _data(run: Run) -> str:

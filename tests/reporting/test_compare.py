@@ -113,11 +113,13 @@ def test_another_metric_or_other_rows_are_another_setting(make_run: MakeRun) -> 
     summary["best"] = summary["last"] = {"step": 40, "name": "loss", "value": 0.05}
     (loss / "summary.json").write_text(json.dumps(summary))
     longer = edit(make_run("longer"), "data:\n  max_length: 7\n")
-    settings, _ = compare(read(plain, other, loss, longer), FREE_ON_RESUME)
+    fewer = edit(make_run("fewer"), "data:\n  path: b.csv\n  max_eval_samples: 9\n")
+    settings, _ = compare(read(plain, other, loss, longer, fewer), FREE_ON_RESUME)
     assert [(s.data, s.metric, s.higher, len(s.groups)) for s in settings] == [
         ("toy", "accuracy", True, 2),
-        ("b.csv", "accuracy", True, 1),
+        ("b.csv (data.path=x/b.csv, data.max_eval_samples=None)", "accuracy", True, 1),
         ("toy", "loss", False, 1),
+        ("b.csv (data.path=b.csv, data.max_eval_samples=9)", "accuracy", True, 1),
     ]
 
 
