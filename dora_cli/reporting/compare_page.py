@@ -133,7 +133,7 @@ def _map(ranks: Mapping[str, float], most: float) -> dict[str, Any]:
             return None
         part = depth(ranks[name], most)
         look = "zero" if ranks[name] == 0 else "deep" if part > DEEP else ""
-        return {"name": name, "text": _rank(ranks[name], whole), "part": part, "look": look}
+        return {"name": name, "rank": _rank(ranks[name], whole), "part": part, "look": look}
 
     rows = [
         (row, [cell(name) for name in names], _rank(sum(ranks[n] for n in names if n is not None), whole))
