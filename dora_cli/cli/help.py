@@ -52,6 +52,12 @@ EVAL_KEYS = {
     "harness.include_path": "folder with task files of your own",
     "harness.chat_template": "ask in the words of the tokenizer's chat template [false]",
 }
+REPORT_KEYS = {
+    "runs": "run folders: a pattern ('runs/sweep/*', 'runs/**'), a list (a,b), or a folder of runs; may stand several "
+    "times",
+    "out": "folder for the comparison: new, empty, or one to replace [comparison, beside the runs]",
+    "baseline": "method or group that all are compared with, seed by seed [the best]",
+}
 HELP_FLAGS = {
     "-h, --help [KEY]": "this text; with a key, what it is and how it is set",
     "--version": "the version",
@@ -108,7 +114,7 @@ def train_help(folders: Sequence[Path]) -> str:
                 "dora-train recipe=runs/try/config.yaml out=runs/again      (repeats a run)",
                 "dora-train --help schedule.start",
             ),
-            *_see_also("dora-recipes", "dora-merge", "dora-eval"),
+            *_see_also("dora-recipes", "dora-report", "dora-merge", "dora-eval"),
         ]
     )
 
@@ -225,25 +231,27 @@ def report_help() -> str:
             "usage: dora-report runs=GLOB_OR_LIST [out=DIR] [baseline=METHOD]",
             "",
             *_wrap(
-                "Compare finished runs: those that differ in nothing but the seed are one group. Prints a table, and "
-                "writes index.html (quality against parameters, curves, rank maps, what differs), table.csv (a row a "
-                "run), summary.csv (a row a group), table.md and the charts as PNG."
+                "Compare finished runs: those that differ in nothing but the seed are one group. Prints a table of the "
+                "groups, and writes a page. A sweep (dora-train -m) ends with the same."
             ),
+            *_section("keys (defaults in brackets)", REPORT_KEYS),
+            *_section("flags", HELP_FLAGS),
             *_section(
-                "keys (defaults in brackets)",
+                "files, in out",
                 {
-                    "runs": "run folders: a pattern ('runs/sweep/*', 'runs/**'), a list (a,b), or a folder of runs; "
-                    "may stand several times",
-                    "out": "folder for the comparison, new, empty or one to replace [comparison, beside the runs]",
-                    "baseline": "method or group that all are compared with, seed by seed [the best]",
+                    "index.html": "quality against parameters, curves, rank maps, what differs: one file",
+                    "table.csv": "a row a run",
+                    "summary.csv, table.md": "a row a group: means and standard deviations over seeds",
+                    "*.png": "the charts",
                 },
             ),
-            *_section("exit codes", EXIT_CODES),
+            *_section("exit codes", {code: EXIT_CODES[code] for code in ("0", "1", "2")}),
             *_examples(
                 "dora-report runs='runs/sweep/*'",
                 "dora-report runs=runs/a,runs/b out=a-against-b",
                 "dora-report runs='runs/**' baseline=lora out=report",
             ),
+            *_see_also("dora-train"),
         ]
     )
 

@@ -3,12 +3,11 @@
 import sys
 from collections.abc import Sequence
 
-from dora_cli.cli.help import report_help
+from dora_cli.cli.help import REPORT_KEYS, report_help
+from dora_cli.cli.key_help import explain_plain
 from dora_cli.cli.run import answered, guard, split_flags
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
-
-KEYS = ("runs", "out", "baseline")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(argv: list[str]) -> int:
     """Answer help and mistyped keys at once, then load what is slow and compare."""
     arguments = split_flags(argv, ("-h", "--help", "--version"))
-    if answered(arguments, report_help):
+    if answered(arguments, report_help, lambda topic: explain_plain(topic, REPORT_KEYS, "dora-report")):
         return 0
     runs, options = parse(arguments.overrides)
     from dora_cli.cli.report_run import report_runs
@@ -40,8 +39,8 @@ def parse(words: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
         if not equals:
             hint = "quote the pattern, so that the shell leaves it alone: runs='runs/sweep/*'"
             raise UserError(f"'{word}' is no key=value", hint=hint)
-        if key not in KEYS:
-            raise UserError(f"unknown key '{key}'", hint=did_you_mean(key, KEYS))
+        if key not in REPORT_KEYS:
+            raise UserError(f"unknown key '{key}'", hint=did_you_mean(key, REPORT_KEYS))
         if key == "runs":
             runs.append(value)
         elif key in options:

@@ -102,7 +102,9 @@ def test_a_pipe_gets_control_codes_where_they_are_asked_for(given, bold):
     assert "\033" not in command("--help", env=base | given | {"NO_COLOR": "1"})[0].stdout
 
 
-@pytest.mark.parametrize("text", [train_help([recipes_dir()]), merge_help(), eval_help(), recipes_help(), report_help()])
+@pytest.mark.parametrize(
+    "text", [train_help([recipes_dir()]), merge_help(), eval_help(), recipes_help(), report_help()]
+)
 def test_help_fits_80_columns(text):
     assert max(len(line) for line in text.splitlines()) <= 80
 
