@@ -13,7 +13,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from dora_cli.cli.help import EVAL_KEYS, MERGE_KEYS
+from dora_cli.cli.help import EVAL_KEYS, MERGE_KEYS, REPORT_KEYS
 from dora_cli.cli.part_keys import part_keys
 from dora_cli.config.recipes import GROUPS, offered, search_folders
 from dora_cli.config.schema import PART_GROUPS, Config
@@ -21,7 +21,7 @@ from dora_cli.config.sweeps import LAUNCHERS, SWEEPERS
 from dora_cli.errors import UserError
 
 HELP = ("--help", "--version")
-FLAGS = {"dora-train": ("--multirun", "--config-dir", *HELP), "dora-merge": HELP}
+FLAGS = {"dora-train": ("--multirun", "--config-dir", *HELP), "dora-merge": HELP, "dora-report": HELP}
 FLAGS |= dict.fromkeys(("dora-eval", "dora-recipes"), ("--config-dir", *HELP))
 SHELLS = ("bash", "zsh", "fish")
 SUBCOMMANDS = ("list", "show", "copy", "diff", "completion")
@@ -95,6 +95,8 @@ def _keys(command: str, current: str) -> Iterable[str]:
         return [f"{key}=" for key in MERGE_KEYS]
     if command == "dora-eval":
         return [f"{key}=" for key in EVAL_KEYS]
+    if command == "dora-report":
+        return [f"{key}=" for key in REPORT_KEYS]
     section, dot, _ = current.partition(".")
     if not dot:
         nested = [f"{f.name}." for f in fields(Config) if is_dataclass(f.type)] + [f"{group}." for group in PART_GROUPS]

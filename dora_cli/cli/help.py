@@ -59,6 +59,12 @@ EVAL_KEYS = {
     "harness.include_path": "folder with task files of your own",
     "harness.chat_template": "ask in the words of the tokenizer's chat template [false]",
 }
+REPORT_KEYS = {
+    "runs": "run folders: a pattern ('runs/sweep/*', 'runs/**'), a list (a,b), or a folder of runs; may stand several "
+    "times",
+    "out": "folder for the comparison: new, empty, or one to replace [comparison, beside the runs]",
+    "baseline": "method or group that all are compared with, seed by seed [the best]",
+}
 HELP_FLAGS = {
     "-h, --help [KEY]": "this text; with a key, what it is and how it is set",
     "--version": "the version",
@@ -85,7 +91,8 @@ def train_help(folders: Sequence[Path]) -> str:
             *_section(
                 "flags",
                 {
-                    "-m, --multirun": "one run for each of budget=0.1,0.2 or seed=1,2,3; out is their parent",
+                    "-m, --multirun": "one run for each of budget=0.1,0.2 or seed=1,2,3; out is their parent; "
+                    "the same command again skips what is finished, and goes on with the rest",
                     **CONFIG_DIR,
                     **HELP_FLAGS,
                 },
@@ -114,7 +121,7 @@ def train_help(folders: Sequence[Path]) -> str:
                 "dora-train recipe=runs/try/config.yaml out=runs/again      (repeats a run)",
                 "dora-train --help schedule.start",
             ),
-            *_see_also("dora-recipes", "dora-merge", "dora-eval"),
+            *_see_also("dora-recipes", "dora-report", "dora-merge", "dora-eval"),
         ]
     )
 
@@ -221,6 +228,38 @@ def recipes_help() -> str:
                 "dora-recipes diff mine.yaml",
                 "dora-recipes diff runs/try/config.yaml glue_sst2",
                 'eval "$(dora-recipes completion bash)"        (in ~/.bashrc)',
+            ),
+            *_see_also("dora-train"),
+        ]
+    )
+
+
+def report_help() -> str:
+    """The text of ``dora-report --help``."""
+    return "\n".join(
+        [
+            "usage: dora-report runs=GLOB_OR_LIST [out=DIR] [baseline=METHOD]",
+            "",
+            *_wrap(
+                "Compare finished runs: those that differ in nothing but the seed are one group. Prints a table of the "
+                "groups, and writes a page. A sweep (dora-train -m) ends with the same."
+            ),
+            *_section("keys (defaults in brackets)", REPORT_KEYS),
+            *_section("flags", HELP_FLAGS),
+            *_section(
+                "files, in out",
+                {
+                    "index.html": "quality against parameters, curves, rank maps, what differs: one file",
+                    "table.csv": "a row a run",
+                    "summary.csv, table.md": "a row a group: means and standard deviations over seeds",
+                    "*.png": "the charts",
+                },
+            ),
+            *_section("exit codes", {code: EXIT_CODES[code] for code in ("0", "1", "2")}),
+            *_examples(
+                "dora-report runs='runs/sweep/*'",
+                "dora-report runs=runs/a,runs/b out=a-against-b",
+                "dora-report runs='runs/**' baseline=lora out=report",
             ),
             *_see_also("dora-train"),
         ]

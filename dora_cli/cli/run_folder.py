@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError, safe_load
+from yaml import YAMLError
 
+from dora_cli.config.differences import FREE_ON_RESUME, differences
 from dora_cli.config.record import recipe_of
 from dora_cli.errors import UserError
 from dora_cli.reporting.trackers import FOLDERS, STATE
@@ -14,13 +15,8 @@ CONFIG, SUMMARY, METRICS, RANKS, LOG = "config.yaml", "summary.json", "metrics.j
 ADAPTER, MERGED, CHECKPOINTS, REPORT = "adapter", "merged", "checkpoints", "report.html"
 # Hidden files (the lock, leftovers of killed processes) count for nothing.
 OURS = (CONFIG, SUMMARY, METRICS, RANKS, LOG, ADAPTER, MERGED, CHECKPOINTS, REPORT, STATE, *FOLDERS)
-
-# What may differ between an interrupted run and its resumption: logging, saving, workers, cache, how it was called.
-FREE_ON_RESUME = (
-    *("out", "resume", "overwrite", "dry_run", "offline", "save.merged", "save.report"),
-    *("train.log_every", "train.save_every", "train.keep_last", "train.workers", "train.max_skipped"),
-    *("data.cache", "train.timeout", "train.shard", "track"),
-)
+NOT_RESUMED = "resume=true: the configuration is not the interrupted run's"
+REPEAT = "repeat the command of the interrupted run, or start anew in another out=DIR"
 
 
 def default_out(recipe: str, method: str, budget: Any, seed: int) -> Path:
@@ -88,8 +84,8 @@ def clear(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_same(saved_yaml: str, yaml: str, where: Path) -> None:
-    """Refuse to resume under a configuration that would not go the same way.
+def check_same(saved_yaml: str, yaml: str, where: Path, *, message: str = NOT_RESUMED, hint: str = REPEAT) -> None:
+    """Refuse a run whose configuration would not go the same way; by default, to resume it.
 
     Raises:
         UserError: naming what differs, from what to what.
@@ -101,37 +97,4 @@ def check_same(saved_yaml: str, yaml: str, where: Path) -> None:
         raise UserError(f"{where} is damaged", where=cause, hint="start anew in another out=DIR") from None
     if different:
         shown = "; ".join(different[:6]) + (f"; and {len(different) - 6} more" if len(different) > 6 else "")
-        raise UserError(
-            "resume=true: the configuration is not the interrupted run's",
-            where=f"{where}: {shown}",
-            hint="repeat the command of the interrupted run, or start anew in another out=DIR",
-        )
-
-
-def differences(yaml: str, other: str, free: tuple[str, ...] = ()) -> list[str]:
-    """``key: a → b`` for each key of two configuration files that differs, but for ``free`` ones."""
-    old, new = flat(yaml), flat(other)
-    return [
-        f"{key}: {old.get(key)} → {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not (free and key.startswith(free))
-    ]
-
-
-def flat(text: str) -> dict[str, Any]:
-    """Dotted key → value of a configuration file, without its defaults list."""
-    flat: dict[str, Any] = {}
-
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, dict) and node:
-            for key, value in node.items():
-                walk(value, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            flat[prefix] = node
-
-    content = safe_load(text)
-    if not isinstance(content, dict):
-        raise YAMLError("no mapping")
-    content.pop("defaults", None)
-    walk(content, "")
-    return flat
+        raise UserError(message, where=f"{where}: {shown}", hint=hint)

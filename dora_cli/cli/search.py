@@ -1,7 +1,7 @@
 """``hydra/sweeper=optuna``: the jobs of a sweep are proposed one after the other, from what earlier ones came to.
 
-Nothing of the study is stored: proposals follow from the seed and the results, so the same command with ``resume=true``
-makes the same ones again, and finished jobs answer at once.
+Nothing of the study is stored: proposals follow from the seed and the results, so the same command makes the same ones
+again, and finished jobs answer at once.
 """
 
 from collections.abc import Iterable, Sequence

@@ -14,8 +14,9 @@ from types import FrameType
 from typing import Any
 
 from dora_cli.cli.launchers import Command, Launcher, build_launcher, require, with_processes
-from dora_cli.cli.run import FAILURE, INTERRUPTED, TERMINATED, USER_MISTAKE
-from dora_cli.cli.run_folder import is_finished
+from dora_cli.cli.resweep import is_finished, is_interrupted
+from dora_cli.cli.run import FAILURE, INTERRUPTED, TERMINATED, USER_MISTAKE, print_error
+from dora_cli.cli.run_folder import SUMMARY
 from dora_cli.errors import UserError
 
 COMMAND = [sys.executable, "-m", "dora_cli.cli.train"]
@@ -87,7 +88,7 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
             from dora_cli.cli.search import search
 
             results = search(ranges, launching, runner)
-    print("\n".join(table(results)))
+    print("\n".join(table(results) if runner.ended else ending(results)))
     codes = {result.code for result in results if result.code}
     return runner.ended or (USER_MISTAKE if codes == {USER_MISTAKE} else FAILURE if codes else 0)
 
@@ -102,7 +103,7 @@ class Runner:
 
     def __init__(self, launcher: Launcher, options: Any, config_dirs: Sequence[str] = ()) -> None:
         self._launcher, self._options = launcher, options
-        self._flags = [word for folder in config_dirs for word in ("--config-dir", folder)]
+        self._config_dirs = config_dirs
         self.at_once = launcher.at_once
         self.ended = 0
 
@@ -110,15 +111,13 @@ class Runner:
         """Run jobs, and give their results in the same order.
 
         Args:
-            jobs: what to run; a finished one is left alone where its overrides say ``resume=true``.
+            jobs: what to run; a finished one is left alone, an interrupted one goes on.
             first: the number of the first one, for what is said.
             of: how many there are in all; default all of these.
         """
-        results = [Result(job, 0, main_metric(job.out)) if _is_done(job) else Result(job, None, "") for job in jobs]
-        left = [index for index, result in enumerate(results) if result.code is None]
         titles = [f"sweep: job {first + i} of {of or len(jobs)}: {job.name}" for i, job in enumerate(jobs)]
-        for index in set(range(len(jobs))) - set(left):
-            print(f"{titles[index]}: finished before", flush=True)
+        results = [self._before(job, title) for job, title in zip(jobs, titles, strict=True)]
+        left = [index for index, result in enumerate(results) if result.code is None]
         commands = [self._command(jobs[index]) for index in left]
 
         def begun(position: int) -> None:
@@ -149,13 +148,23 @@ class Runner:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _before(self, job: Job, title: str) -> Result:
+        """What there is to say of a job without running it: its result where it is finished, else no code."""
+        try:
+            if is_finished(job.out, job.overrides, self._config_dirs):
+                print(f"{title}: finished before", flush=True)
+                return Result(job, 0, main_metric(job.out))
+        except UserError as error:
+            print(title, flush=True)
+            print_error(error.message, error.where, error.hint)
+            return Result(job, USER_MISTAKE, "")
+        return Result(job, None, "")
+
     def _command(self, job: Job) -> Command:
-        words = with_processes([*COMMAND, *job.overrides, *self._flags], self._options)
+        more = ["resume=true"] if is_interrupted(job.out, job.overrides) else []
+        flags = [word for folder in self._config_dirs for word in ("--config-dir", folder)]
+        words = with_processes([*COMMAND, *job.overrides, *more, *flags], self._options)
         return Command(words, "" if self._launcher.shows else str(job.out.parent / LOGS / f"{job.out.name}.log"))
-
-
-def _is_done(job: Job) -> bool:
-    return "resume=true" in job.overrides and is_finished(job.out)
 
 
 def _last_words(command: Command, code: int) -> list[str]:
@@ -264,6 +273,26 @@ def main_metric(out: Path) -> str:
     """``accuracy 0.931``: the result in words, empty where there is none."""
     result = main_result(out)
     return f"{result[0]} {result[1]:.4g}" if result else ""
+
+
+def ending(results: Sequence[Result]) -> list[str]:
+    """What a sweep ends with: the jobs that failed, and the comparison of the others, which is also written.
+
+    Where there is nothing to compare, or that fails, a line a job: a sweep is not worse for it.
+    """
+    finished = [result.job.out for result in results if result.code == 0 and (result.job.out / SUMMARY).exists()]
+    failed = [result for result in results if result.code != 0]
+    if not finished:
+        return table(results)
+    try:
+        from dora_cli.cli.report_run import COMPARISON, comparison
+        from dora_cli.reporting.runs import read_run
+
+        parent = results[0].job.out.parent
+        lines = comparison([read_run(out) for out in finished], parent / COMPARISON)
+    except Exception as error:
+        return ["", f"no comparison: {str(error) or type(error).__name__}", *table(results)]
+    return [*(table(failed)[:-1] if failed else []), *lines, f"folders: {parent}"]
 
 
 def table(results: Sequence[Result]) -> list[str]:

@@ -5,11 +5,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from dora_cli.cli import run_folder
 from dora_cli.cli.apart_run import run_apart
 from dora_cli.cli.run import FAILURE, guard, print_error
 from dora_cli.cli.train_run import run
 from dora_cli.config.compose import Composed
+from dora_cli.config.differences import differences
 from dora_cli.errors import UserError
 from dora_cli.processes import EndedElsewhereError, NotMetError, World, is_lost, join, leave, linger, said_first, why
 
@@ -83,7 +83,7 @@ def _same(world: World, composed: Composed) -> None:
     told: Sequence[list[str]] = [rest for _, rest in world.gather({}, [composed.yaml, *words])]
     with world.together():
         for rank, (yaml, *others) in enumerate(told):
-            different = run_folder.differences(told[0][0], yaml)
+            different = differences(told[0][0], yaml)
             different += [f"{a} → {b.partition(': ')[2]}" for a, b in zip(told[0][1:], others, strict=True) if a != b]
             if different and world.is_main:
                 raise UserError(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dora_cli.cli.run_folder import flat
+from dora_cli.config.differences import flat, read_configuration
 from dora_cli.config.schema import TrackConfig
 from dora_cli.errors import UserError
 from dora_cli.reporting.trackers.base import Trackers
@@ -33,7 +33,7 @@ def build_trackers(composed: Composed, out: Path, say: Callable[[str], None]) ->
         out,
         project=track.project,
         name=track.name or out.absolute().name,
-        config={"recipe": composed.recipe, "method": composed.method, **flat(composed.yaml)},
+        config={"recipe": composed.recipe, "method": composed.method, **flat(read_configuration(composed.yaml))},
         offline=composed.config.offline,
         say=say,
     )

@@ -134,14 +134,17 @@ def plain_numbers(axes: "Axes", of: str = "y") -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def log_scale(axes: "Axes") -> None:
-    """A logarithmic axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def log_scale(axes: "Axes", of: str = "y", most: int = 6) -> None:
+    """A logarithmic axis with ``most`` plain numbers or fewer; to be called when all is drawn, which decides them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(numticks=6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    (axes.set_yscale if of == "y" else axes.set_xscale)("log")
+    axis = axes.yaxis if of == "y" else axes.xaxis
+    low, high = axes.get_ylim() if of == "y" else axes.get_xlim()
+    steps = (1.0,) if high > 1000 * low else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=most) if high > 8 * low else MaxNLocator(most - 1))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _themed(svg: str, kind: str, says: str) -> str:

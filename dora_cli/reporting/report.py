@@ -149,7 +149,7 @@ def _frame(label: str, ranks: Mapping[str, int], run: Run) -> dict[str, Any]:
     return {"label": label, "ranks": [ranks.get(name, 0) for name in run.ranks]}
 
 
-def depth(rank: int, most: int) -> int:
+def depth(rank: float, most: float) -> int:
     """How deep a rank's colour is, in percent: by its root, so that ranks 1 and 2 beside a 16 are still told apart."""
     return round(100 * math.sqrt(rank / most))
 

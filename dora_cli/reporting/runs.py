@@ -13,6 +13,7 @@ from dora_cli.errors import UserError
 from dora_cli.reporting.events import ALLOCATION, read_metrics
 
 Record = dict[str, Any]
+CONFIG, REPORT = "config.yaml", "report.html"
 NO_EVALUATION = ("train", ALLOCATION, "skipped")  # the splits of metrics.jsonl that are none
 PARTS = ("adapter", "importance", "schedule", "allocator", "regularizer")
 
@@ -97,7 +98,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: there is no run, or one of its files is damaged.
     """
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder", where="it has no config.yaml")
     text = path.read_text(encoding="utf-8", errors="replace")

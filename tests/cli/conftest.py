@@ -1,6 +1,8 @@
 """Sweeps of small stand-ins for runs."""
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,12 @@ import pytest
 JOB = """
 import json, os, sys
 given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
-os.makedirs(given["out"])
+os.makedirs(given["out"], exist_ok=True)
 code = {"2": 2, "3": 1}.get(given.get("seed"), 0)
 if code == 0:
     summary = {"best": {"step": 1, "name": "accuracy", "value": 0.9375}}
     json.dump(summary, open(given["out"] + "/summary.json", "w"))
+    json.dump(given, open(given["out"] + "/config.yaml", "w"))
 print("job says", given)
 sys.exit(code)
 """
@@ -21,9 +24,13 @@ sys.exit(code)
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Jobs of sweeps run this text instead of training, in an empty folder."""
-    from dora_cli.cli import sweep
+    """In an empty folder, jobs of sweeps run this text instead of training; their words are their configuration."""
+    from dora_cli.cli import resweep, sweep
+
+    def configuration(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> str:
+        return json.dumps(dict(word.split("=", 1) for word in overrides))
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resweep, "configuration", configuration)
     monkeypatch.setattr(sweep, "COMMAND", [sys.executable, "-c", JOB])
     return JOB

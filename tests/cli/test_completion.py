@@ -57,6 +57,7 @@ def test_what_is_offered(typed, offered, not_offered, tmp_path, monkeypatch):
 def test_other_commands_offer_their_own_words(tmp_path):
     assert words("dora-merge", ["checkpoint=x"], "") == ["out=", "base=", "base_weights=", "dtype=", "shard_size="]
     assert words("dora-merge", [], "dtype=b") == ["dtype=bfloat16"]
+    assert words("dora-report", [], "") == ["runs=", "out=", "baseline="]
     assert words("dora-recipes", [], "s") == ["show"]
     assert "quickstart" in words("dora-recipes", ["show"], "") and words("dora-recipes", ["copy", "x"], "") == ["to="]
     assert words("dora-recipes", ["completion"], "f") == ["fish"]

@@ -138,7 +138,7 @@ def test_slurm_gets_one_array_with_the_options_as_typed(stand_in, tmp_path, monk
 def test_a_finished_job_is_not_begun_again(stand_in, capfd):
     assert sweep.sweep(["recipe=glue_sst2", "seed=1,4", "out=s"]) == 0
     capfd.readouterr()
-    assert sweep.sweep(["recipe=glue_sst2", "seed=1,4,3", "out=s", "resume=true"]) == 1
+    assert sweep.sweep(["recipe=glue_sst2", "seed=1,4,3", "out=s"]) == 1
     out = capfd.readouterr().out
     assert "job 1 of 3: seed=1: finished before" in out and out.count("job says") == 1
     assert "seed=4     0  accuracy 0.9375\nseed=3     1\n" in out

@@ -24,6 +24,7 @@ os.makedirs(given["out"])
 value = (float(given["budget"]) - 0.3) ** 2
 best = {"step": 1, "name": os.environ["METRIC"], "value": value if os.environ["METRIC"] == "loss" else -value}
 json.dump({"best": best}, open(given["out"] + "/summary.json", "w"))
+json.dump(given, open(given["out"] + "/config.yaml", "w"))
 print("ran")
 """
 SEARCH = ["recipe=glue_sst2", "hydra/sweeper=optuna", "budget=interval(0.05,0.9)", "out=s"]
@@ -76,13 +77,13 @@ def test_the_best_trial_is_the_nearest_whichever_way_its_metric_goes(metric, mon
     assert f"best: budget={found['best_evaluated_params']['budget']},seed=1  {metric} " in out
 
 
-def test_the_same_command_with_resume_proposes_the_same_again(capfd) -> None:
+def test_the_same_command_proposes_the_same_again(capfd) -> None:
     words = [*SEARCH, "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2", "hydra/sweeper/sampler=random"]
     words += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     assert sweep.sweep(words) == 0
     before, out = sorted(os.listdir("s")), capfd.readouterr().out
     assert len(before) == 5 and before[1].startswith("000,budget=0."), before
-    assert sweep.sweep([*words, "resume=true"]) == 0
+    assert sweep.sweep(words) == 0
     assert sorted(os.listdir("s")) == before
     again = capfd.readouterr().out
     assert again.count("finished before") == 3

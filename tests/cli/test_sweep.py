@@ -98,6 +98,37 @@ def test_a_failed_job_does_not_end_the_sweep_and_the_worst_code_is_returned(capf
     assert sorted(os.listdir("s")) == ["seed=1", "seed=2", "seed=3", "seed=4"]
 
 
+def test_the_same_command_again_skips_what_is_finished_and_goes_on_with_the_rest(capfd):
+    words = ["recipe=glue_sst2", "seed=1,3,4,5", "out=s"]
+    assert sweeps.sweep(words) == 1
+    Path("s/seed=5/summary.json").unlink()  # it was interrupted
+    before = Path("s/seed=1/summary.json").stat().st_mtime_ns
+    capfd.readouterr()
+    assert sweeps.sweep(words) == 1
+    out = capfd.readouterr().out
+    assert "job 1 of 4: seed=1: finished before" in out and "job 3 of 4: seed=4: finished before" in out
+    said = [line for line in out.splitlines() if line.startswith("job says")]
+    assert len(said) == 2 and "'seed': '3'" in said[0] and "resume" not in said[0]
+    assert "'seed': '5'" in said[1] and "'resume': 'true'" in said[1]
+    assert Path("s/seed=1/summary.json").stat().st_mtime_ns == before
+    assert sweeps.sweep([*words, "overwrite=true"]) == 1
+    assert capfd.readouterr().out.count("job says") == 4
+
+
+def test_a_finished_run_of_another_configuration_is_an_error_of_its_job_and_stays(capfd):
+    assert sweeps.sweep(["recipe=glue_sst2", "seed=1,4", "out=s"]) == 0
+    before = Path("s/seed=1/config.yaml").read_text()
+    Path("s/seed=4/config.yaml").write_text("{")
+    assert sweeps.sweep(["recipe=glue_sst2", "train.epochs=9", "seed=1,4,5", "out=s", "train.log_every=2"]) == 2
+    out, error = capfd.readouterr()
+    assert "error: s/seed=1 holds a finished run of another configuration\n" in error
+    assert (
+        "s/seed=1/config.yaml: train.epochs: None → 9\n" in error and "error: s/seed=4/config.yaml is damaged" in error
+    )
+    assert out.splitlines()[-4:-1] == ["seed=1     2", "seed=4     2", "seed=5     0  accuracy 0.9375"]
+    assert Path("s/seed=1/config.yaml").read_text() == before
+
+
 def test_codes_of_success_and_of_mistakes_alone():
     assert sweeps.sweep(["recipe=glue_sst2", "seed=1,4", "out=a"]) == 0
     assert sweeps.sweep(["recipe=glue_sst2", "seed=1,2", "out=b"]) == 2

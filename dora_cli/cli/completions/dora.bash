@@ -19,4 +19,4 @@ _dora_complete() {
         COMPREPLY+=("${offer#"$kept"}")
     done < <(dora-recipes completion words "${1##*/}" "${typed[@]:1}" 2>/dev/null)
 }
-complete -F _dora_complete dora-train dora-merge dora-eval dora-recipes
+complete -F _dora_complete dora-train dora-merge dora-eval dora-report dora-recipes
