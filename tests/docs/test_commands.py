@@ -1,0 +1,135 @@
+"""Every command in README.md and docs/ is checked, and runs; what cannot is listed here with its reason."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FAST = ("README.md", "docs/tutorial.md")  # the first hour of a new user; the other pages run where slow tests do
+
+# What a page shows and no test of this file runs: pattern → why, or where it is run.
+NOT_RUN = {
+    r"bash scripts/(quickstart|test)\b": "trains for minutes; CI is the second",
+    r"(pip3?|python3? -m pip) install ": "installs",
+    r"python3 -m venv ": "installs",
+    r"\. \S+/bin/activate$": "of the reader's own environment",
+    r"python scripts/smollm2\.py ": "needs a package of 140 MB; its rows are tested in tests/scripts",
+    r"#!/bin/bash\n#SBATCH": "needs Slurm; its signals are tested in tests/distributed",
+}
+# Checked word by word like all, and then not run.
+NOT_TRAINED = {
+    r"torchrun .*train\.base=apart": "needs two processes: tests/distributed",
+    r"torchrun .*--nnodes": "needs two machines",
+    r"dora-train .*hydra/launcher=submitit": "needs Slurm: tests/cli/test_launchers.py",
+    r"dora-train .*hydra/sweeper=optuna": "twenty runs: tests/cli/test_search.py",
+    r"dora-eval .*\bharness=": "needs lm-eval: tests/evaluation/test_harness.py",
+}
+LOOKS = ("ls", "head", "tail", "cat")  # run as they are
+
+
+def excused(command: Any, table: dict[str, str]) -> str | None:
+    return next((pattern for pattern in table if re.match(pattern, command.text)), None)
+
+
+def words_of_training(command: Any) -> list[str] | None:
+    """The words that ``dora-train`` gets, where it or torchrun starts it."""
+    words = command.words
+    if words[0] == "torchrun" and "dora_cli.train" in words:
+        return words[words.index("dora_cli.train") + 1 :]
+    return words[1:] if words[0] == "dora-train" else None
+
+
+@pytest.fixture
+def typed(reading: Any) -> dict[str, list[Any]]:
+    """Page → its commands."""
+    pages = {str(page.relative_to(ROOT)): reading.blocks(page, ROOT) for page in PAGES}
+    return {page: [c for block in found for c in reading.commands(block)] for page, found in pages.items()}
+
+
+def test_there_are_as_many_commands_as_one_can_count(typed: dict[str, list[Any]]) -> None:
+    """A pattern that no longer finds what it should would leave nothing to test."""
+    fenced = [part for page in PAGES for part in page.read_text(encoding="utf-8").split("```")[1::2]]
+    lines = sum(len(re.findall(r"^ *(?:\$ )?(?:dora-\w+|torchrun) ", part, re.MULTILINE)) for part in fenced)
+    found = sum(c.program.startswith(("dora-", "torchrun")) for commands in typed.values() for c in commands)
+    assert found == lines > 60
+
+
+def test_every_excuse_is_needed(typed: dict[str, list[Any]], working: Any) -> None:
+    every = [command for commands in typed.values() for command in commands]
+    for table in (NOT_RUN, NOT_TRAINED):
+        for pattern in table:
+            assert any(re.match(pattern, command.text) for command in every), f"nothing is excused by {pattern}"
+    known = {*working.entry_points(ROOT / "pyproject.toml"), "torchrun", *LOOKS}
+    strange = [f"{c.where}: {c.text}" for c in every if c.program not in known and not excused(c, NOT_RUN)]
+    assert not strange
+
+
+def test_every_word_of_every_run_is_known(typed: dict[str, list[Any]]) -> None:
+    """Flags, names, keys, types and ranges; without composing, so for all pages in a second."""
+    from dora_cli.cli.parts import load_parts
+    from dora_cli.cli.run import split_flags
+    from dora_cli.config.check import check_range, check_type, find_key, known_keys
+    from dora_cli.config.compose import root_schema
+    from dora_cli.config.launching import take
+    from dora_cli.config.overrides import parse, parse_sweep
+    from dora_cli.config.recipes import GROUPS, check_choice, recipes_dir
+
+    keys = known_keys(root_schema(load_parts()))
+    checked = 0
+    for command in (c for commands in typed.values() for c in commands):
+        words = words_of_training(command)
+        if words is None:
+            continue
+        arguments = split_flags(words)
+        _, overrides = take(arguments.overrides) if arguments.multirun else (None, arguments.overrides)
+        swept: dict[str, Any] = {}
+        if arguments.multirun:
+            overrides, swept = parse_sweep(overrides, keys, [recipes_dir()], search=True)
+        for override in parse(overrides, keys):
+            if override.key in GROUPS:
+                if not arguments.config_dirs and "/" not in str(override.value):
+                    check_choice(override.key, override.value, [recipes_dir()])
+                continue
+            known = find_key(override.key, keys)
+            check_type(known, override.value)
+            check_range(known, override.value)
+        assert set(swept) <= {*keys, *GROUPS}, command.where
+        checked += 1
+    assert checked > 50
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, id=p, marks=() if p in FAST else pytest.mark.slow)
+        for p in (str(q.relative_to(ROOT)) for q in PAGES)
+    ],
+)
+def test_the_commands_of_a_page_run_one_after_the_other(
+    page: str, reading: Any, working: Any, workshop: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = working.entry_points(ROOT / "pyproject.toml")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in reading.blocks(ROOT / page, ROOT):
+        if block.title:
+            file = workshop.folder / block.title
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text, encoding="utf-8")
+        elif block.language == "python" and "from " in block.text:
+            working.run_python(block.text, names, block.where)
+        for command in reading.commands(block):
+            if excused(command, NOT_RUN) or excused(command, NOT_TRAINED):
+                continue
+            if command.program in LOOKS:
+                workshop.shell(command.text)
+                continue
+            argv = words_of_training(command)
+            name = "dora-train" if argv is not None else command.program
+            code = commands[name](command.words[1:] if argv is None else argv)
+            said = capsys.readouterr()
+            refused = command.output.startswith("error:")
+            assert code == (2 if refused else 0), f"{command.where}: {command.text}\n{said.err}"
+            assert not refused or said.err.strip() == command.output, command.where
