@@ -14,8 +14,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 from dora_cli.config.recipes import offered, sentences
 from dora_cli.config.schema import MISSING as NOT_GIVEN
@@ -23,6 +22,7 @@ from dora_cli.config.schema import Config
 from dora_cli.config.sweeps import LAUNCHERS, SWEEPERS
 from dora_cli.registry import PART_TABLES, load, part_table
 
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "reference"
 NOTE = "<!-- Written by scripts/reference_doc.py; a test holds it to the code. -->"
 HEADER = ["| key | | default | type |", "| --- | --- | --- | --- |"]

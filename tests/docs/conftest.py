@@ -45,8 +45,8 @@ def tiny_by_kind(
     """A tiny encoder, decoder and encoder-decoder."""
     place = tmp_path_factory.mktemp("models")
     words = sorted({word for text in working.TEXTS for word in text.split()} | {"user", "assistant", "bright", "dull"})
-    special = {"pad_token": "[PAD]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
-    bart = tiny_models.save_shaken(place / "bart", "bart", "AutoModelForSeq2SeqLM", special)
+    ends = {"bos_token": "[CLS]", "cls_token": "[CLS]", "eos_token": "[SEP]", "sep_token": "[SEP]"}
+    bart = tiny_models.save_shaken(place / "bart", "bart", "AutoModelForSeq2SeqLM", {"pad_token": "[PAD]", **ends})
     return {
         working.ENCODER: model_dir,
         working.DECODER: save_decoder(place / "llama", words, working.TEMPLATE),
@@ -79,5 +79,6 @@ def workshop(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(compose, "compose", shop.compose)
     monkeypatch.setattr(eval_run, "compose", shop.compose)
-    monkeypatch.setattr(launchers.Command, "start", shop.start)
+    monkeypatch.setattr(launchers.Command, "start", lambda command: shop.start(command))
+    monkeypatch.setattr(launchers.Several, "run", launchers.OneByOne.run)  # a run here needs the main thread
     return shop

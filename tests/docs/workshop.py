@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,12 +48,13 @@ class Workshop:
 
     def __init__(self, folder: Path, models: dict[str, Path], compose: Callable[..., Any]) -> None:
         self.folder, self.models, self._compose = folder, models, compose
-        self._one_at_a_time = threading.Lock()
         for name, row in FILES.items():
             write_rows(folder / name, [row(i) for i in range(24)])
 
     def compose(self, words: Any, parts: Any, config_dirs: Any = ()) -> Any:
         """What ``dora_cli.config.compose.compose`` gives, made small."""
+        from dora_cli.cli.run_folder import default_out
+
         composed = self._compose(words, parts, config_dirs)
         config, adapter = composed.config, composed.parts["adapter"]
         if not config.model.name.startswith("package://") and not Path(config.model.name).is_dir():
@@ -63,9 +63,11 @@ class Workshop:
         if config.data.path in (None, *ANYTHING):
             config.data.path = str(self._stand_in(config.data))
         _shrink(config.data, config.train)
+        budget = config.budget if adapter.budgeted else None
+        config.out = config.out or str(default_out(composed.recipe, composed.method, budget, config.seed))
         text = str(config.budget)
         config.budget = "r2" if re.fullmatch(r"r[\d.]{1,4}", text) and float(text[1:]) > 2 else config.budget
-        config.budget = "200" if re.fullmatch(r"[\d.]+[kKmM]", text) else config.budget
+        config.budget = "1k" if re.fullmatch(r"[\d.]+[kKmM]", text) else config.budget
         if getattr(adapter, "rank", None):
             adapter.rank = min(adapter.rank, 4)
         return composed
@@ -74,9 +76,7 @@ class Workshop:
         """A sweep's job, in this process, in the place of ``Command.start``, which gives a process to wait for."""
         from dora_cli.cli.train import main
 
-        with self._one_at_a_time:
-            code = main(command.words[command.words.index("dora_cli.cli.train") + 1 :])
-        return Ended(code)
+        return Ended(main(command.words[command.words.index("dora_cli.cli.train") + 1 :]))
 
     def shell(self, text: str) -> None:
         """A command that only looks at files."""
