@@ -1,9 +1,8 @@
-"""report.html in a real browser: its slider, three widths, the dark, and paper. Skipped where there is none."""
+"""The pages in a real browser: its slider, three widths, the dark, and paper. Skipped where there is none."""
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,7 @@ import pytest
 from dora_cli.reporting.report import write_report
 from dora_cli.reporting.runs import read_run
 
-webdriver = pytest.importorskip("selenium.webdriver")
-BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-pytestmark = [pytest.mark.pages, pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver")]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
+pytestmark = pytest.mark.pages
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +29,8 @@ def page(browser: Any, drawn: dict[str, str], make_run: Callable[..., Path]) -> 
         write_report(read_run(folder), path)
         drawn["html"] = path.read_text(encoding="utf-8")
     path.write_text(drawn["html"], encoding="utf-8")
-    browser.get(f"file://{folder}/report.html")
-    yield browser
-    assert browser.get_log("browser") == []
-    fetched = browser.execute_script("return performance.getEntriesByType('resource').length")
-    assert fetched == 0
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+    browser.get(f"file://{path}")
+    return browser
 
 
 def shown_ranks(page: Any) -> list[int]:
@@ -92,6 +73,23 @@ def test_nothing_runs_over_the_edge(page: Any, width: int) -> None:
         assert page.execute_script(least + ".map(t => t.getBoundingClientRect().height))") >= 9, "letters can be read"
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_comparison_does_not_run_over_the_edge_either(
+    browser: Any, make_run: Callable[..., Path], tmp_path: Path, width: int
+) -> None:
+    from dora_cli.cli.report import main
+
+    for method, seed in (("dora", 1), ("dora", 2), ("lora", 1), ("lora", 2)):
+        make_run(f"runs/{method}{seed}", method=method, seed=seed, value=0.8 + seed / 100)
+    assert main([f"runs={tmp_path}/runs/*", f"out={tmp_path}/page"]) == 0
+    browser.get(f"file://{tmp_path}/page/index.html")
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert len(browser.find_elements("css selector", "table.ranks")) == 2
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def luminance(colour: str) -> float:
