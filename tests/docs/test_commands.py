@@ -17,7 +17,10 @@ NOT_RUN = {
     r"python3 -m venv ": "installs",
     r"\. \S+/bin/activate$": "of the reader's own environment",
     r"python scripts/smollm2\.py ": "needs a package of 140 MB; its rows are tested in tests/scripts",
-    r"dora-report ": "not a command yet",
+    r'eval "\$\(dora-recipes completion ': "of the reader's own shell: tests/cli/test_completion.py",
+    r"python scripts/(quickstart_data|bench/\w+)\.py ": "needs packages with data, and minutes: tests/scripts",
+    r"python docs/examples/": "tests/training/test_examples.py",
+    r"(vllm|llama-server|python convert_\w+\.py|hf auth login)": "programs of others",
     r"#!/bin/bash\n#SBATCH": "needs Slurm; its signals are tested in tests/distributed",
 }
 # Python that a page shows in part: pattern of its beginning → why, or where the whole is run.
@@ -25,6 +28,7 @@ FRAGMENTS = {
     r"tokenizer = AutoTokenizer\.from_pretrained\(\"RUN/adapter\"\)": "tests/architectures/test_new_tokens.py",
     r"@dataclass\nclass Root\(Schedule\)": "a class to add to a file of the package",
     r'"steady_gate": ': "a line to add to a file of the package",
+    r"dora = adapt\(": "tests/training/test_own_loop.py",
     r"model\.requires_grad_\(False\)\nlayers = inject": "tests/training/test_peft_parity.py has such a loop",
 }
 # Checked word by word like all, and then not run.
@@ -33,6 +37,11 @@ NOT_TRAINED = {
     r"torchrun .*--nnodes": "needs two machines",
     r"dora-train .*hydra/launcher=submitit": "needs Slurm: tests/cli/test_launchers.py",
     r"dora-train .*hydra/sweeper=optuna": "twenty runs: tests/cli/test_search.py",
+    r"dora-\w+ .*\bpush_to_hub=": "needs the hub: tests/training/test_publishing.py",
+    r"dora-\w+ checkpoint=mlx_adapters ": "needs an adapter of MLX: tests/checkpoints/test_formats.py",
+    r"dora-merge 'checkpoint=\[runs/a,runs/b\]'": "needs two runs of one base: tests/checkpoints/test_combine.py",
+    r"dora-report runs=runs/first,runs/other ": "needs the reader's own runs: tests/reporting",
+    r"dora-train .*\btrack\.to=": "needs the trackers: tests/training/test_trackers_run.py",
     r"dora-eval .*\bharness=": "needs lm-eval: tests/evaluation/test_harness.py",
 }
 LOOKS = ("ls", "head", "tail", "cat")  # run as they are
@@ -113,7 +122,7 @@ def test_every_word_of_every_command_is_known(typed: dict[str, list[Any]]) -> No
                 known = find_key(override.key, keys)
                 check_type(known, override.value)
                 check_range(known, override.value)
-            elif not arguments.config_dirs and "/" not in str(override.value):
+            elif not arguments.config_dirs and not re.search(r"[/.]", str(override.value)):
                 check_choice(override.key, override.value, folders)
         return True
 

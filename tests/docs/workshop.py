@@ -43,19 +43,24 @@ class Workshop:
     Args:
         folder: where the commands run; filled here.
         models: kind → folder of a tiny model.
-        compose: the real one, or one that remembers.
+        compose: one that remembers.
+        plain: the real one, for what is composed to be looked at alone.
     """
 
-    def __init__(self, folder: Path, models: dict[str, Path], compose: Callable[..., Any]) -> None:
-        self.folder, self.models, self._compose = folder, models, compose
+    def __init__(
+        self, folder: Path, models: dict[str, Path], compose: Callable[..., Any], plain: Callable[..., Any]
+    ) -> None:
+        self.folder, self.models, self._compose, self._plain = folder, models, compose, plain
         for name, row in FILES.items():
             write_rows(folder / name, [row(i) for i in range(24)])
         shutil.copytree(models[DECODER], folder / "data" / "smollm2")  # what scripts/smollm2.py makes
 
-    def compose(self, words: Any, parts: Any, config_dirs: Any = ()) -> Any:
+    def compose(self, words: Any, parts: Any, config_dirs: Any = (), *, to_run: bool = True) -> Any:
         """What ``dora_cli.config.compose.compose`` gives, made small."""
         from dora_cli.cli.run_folder import default_out
 
+        if not to_run:
+            return self._plain(words, parts, config_dirs, to_run=False)
         composed = self._compose(words, parts, config_dirs)
         config, adapter = composed.config, composed.parts["adapter"]
         if not config.model.name.startswith("package://") and not Path(config.model.name).is_dir():
