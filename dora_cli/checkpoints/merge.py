@@ -11,10 +11,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # beside a model that was made of several adapters, or trained on other weights than the base stores
 MADE_OF = "merge.json"
+CARD = "README.md"
 WORKERS = 4  # one thread each; more than this only waits for memory
 
 
@@ -93,6 +95,7 @@ def merge(
     density: float | None = None,
     seed: int | None = None,
     heads_from: str | None = None,
+    card: Callable[[MergeReport], str] | None = None,
 ) -> MergeReport:
     """Write the model that an adapter, or several, make of their base as a transformers folder.
 
@@ -112,6 +115,7 @@ def merge(
         density: the share of an update's elements that TIES and DARE keep; null: 0.5.
         seed: of DARE's choice of elements; null: 1.
         heads_from: the one of ``checkpoint`` whose head and tokens the model gets, where several have some.
+        card: gives the text of its README.md, which may be edited: it is in no manifest.
 
     Raises:
         UserError: an argument or a file is wrong, ``out`` holds something, or the adapter does not fit the base.
@@ -148,15 +152,7 @@ def merge(
     shards = _shards(pieces, limit)
     total = sum(piece.nbytes for piece in pieces)
     _require_space(out, total)
-    with atomic_folder(out, replace=replace) as folder:
-        _write_shards(folder, shards, total)
-        atomic_write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        copy_small_files(model.folder, folder)
-        copy_small_files(adapter.folder, folder)  # a tokenizer that was saved with the adapter is the newer one
-        if made_of := _made_of(adapter, base_weights, model.folder, names, chosen):
-            atomic_write_text(folder / MADE_OF, json.dumps(made_of, indent=2) + "\n")
-        write_manifest(folder)
-    return MergeReport(
+    report = MergeReport(
         out=out,
         base=model.folder,
         kind=adapter.kind,
@@ -166,7 +162,7 @@ def merge(
         left_out=left_out,
         bytes=total,
         shards=len(shards),
-        seconds=time.perf_counter() - begin,
+        seconds=0.0,
         quantization=adapter.quantization,
         base_weights=base_weights,
         dtypes=tuple(sorted({DTYPE_NAMES[piece.dtype] for piece in pieces if piece.dtype in DTYPE_NAMES})),
@@ -174,6 +170,17 @@ def merge(
         adapters=tuple(each.folder for each in adapters),
         combination=chosen,
     )
+    with atomic_folder(out, replace=replace) as folder:
+        _write_shards(folder, shards, total)
+        atomic_write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        copy_small_files(model.folder, folder)
+        copy_small_files(adapter.folder, folder)  # a tokenizer that was saved with the adapter is the newer one
+        if made_of := _made_of(adapter, base_weights, model.folder, names, chosen):
+            atomic_write_text(folder / MADE_OF, json.dumps(made_of, indent=2) + "\n")
+        write_manifest(folder)
+        if card is not None:
+            atomic_write_text(folder / CARD, card(report))
+    return replaced(report, seconds=time.perf_counter() - begin)
 
 
 def _made_of(

@@ -32,12 +32,12 @@ def merge(argv: list[str]) -> int:
     options = typed(parse(arguments.overrides))
     repository, private = (options.pop(key, None) for key in HUB)
     from dora_cli.checkpoints.merge import merge as merge_files
-    from dora_cli.cli.publish_run import require_hub, upload, write_merge_card
+    from dora_cli.cli.publish_run import merge_card, require_hub, upload
 
     if repository:
         require_hub(repository)
-    report = merge_files(options.pop("checkpoint"), options.pop("out"), **options)
-    write_merge_card(report, repository)
+    checkpoint, out = options.pop("checkpoint"), options.pop("out")
+    report = merge_files(checkpoint, out, card=lambda done: merge_card(done, repository), **options)
     print(describe(report))
     return upload(report.out, repository, private) if repository else 0
 

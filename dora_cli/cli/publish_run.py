@@ -32,8 +32,8 @@ def write_run_cards(composed: "Composed", summary: Mapping[str, Any], out: Path)
         _write(out / run_folder.MERGED, merged_card(facts))
 
 
-def write_merge_card(report: "MergeReport", repository: str | None) -> None:
-    """Write the card of a merged model, from the run that its adapter is of where it lies in one."""
+def merge_card(report: "MergeReport", repository: str | None) -> str:
+    """The card of a merged model, from the run that its adapter is of where it lies in one."""
     folder, base = report.adapters[0], {"base_model_name_or_path": report.base_name}
     summary, run, words = _of_run(folder.parent)
     if report.combination:
@@ -43,7 +43,7 @@ def write_merge_card(report: "MergeReport", repository: str | None) -> None:
         facts = Facts(base, run={key: run[key] for key in ("data", "model") if key in run}, repository=repository)
     else:
         made_of, facts = [], Facts(base, _method(folder), summary, run, words, repository=repository)
-    _write(report.out, merged_card(facts, made_of))
+    return merged_card(facts, made_of)
 
 
 def _facts(

@@ -30,9 +30,13 @@ def expected(run: Path) -> Series:
         for key, value in record.items():
             if key in ("step", "split") or value is None or isinstance(value, str):
                 continue
-            named = (
-                {f"ranks/{m}": r for m, r in value.items()} if key == "ranks" else {f"{record['split']}/{key}": value}
-            )
+            if key == "ranks":
+                named = {f"ranks/{m}": r for m, r in value.items()}
+            elif key == "standing":  # the line between what stays and what goes, where there is one
+                line = {f"allocation/{name}": value[name] for name in ("lowest_kept", "highest_lost")}
+                named = {name: number for name, number in line.items() if number is not None}
+            else:
+                named = {f"{record['split']}/{key}": value}
             for name, number in named.items():
                 series[name].append((record["step"], len(number) if isinstance(number, list) else number))
     return series

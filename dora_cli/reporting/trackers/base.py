@@ -189,8 +189,9 @@ class Trackers:
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a record of ``metrics.jsonl``, by name. Lists count; text and what is not finite is left out."""
-    split = record["split"]
-    rest = {k: v for k, v in record.items() if k not in ("step", "split", "ranks")}
+    split, standing = record["split"], record.get("standing", {})
+    rest = {k: v for k, v in record.items() if k not in ("step", "split", "ranks", "standing")}
+    rest |= {k: standing[k] for k in ("lowest_kept", "highest_lost") if k in standing}  # the line, not who stood where
     return flat(rest, f"{split}/") | flat(record.get("ranks", {}), "ranks/")
 
 
