@@ -5,10 +5,11 @@ from itertools import pairwise
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-KEYS = 14  # columns of the keys
+INDENT, KEYS = 2, 12  # columns before the keys, and of them
 HEIGHT = 5  # lines of the plot
 NARROW, WIDE = 20, 56  # columns of the plot
 EIGHTHS = " ▁▂▃▄▅▆▇█"
@@ -42,18 +43,18 @@ def plan_view(
         for key, value in rows.items():
             table.add_row(Text(key), Text(value, overflow="fold"))  # brackets are no markup here
         if title == "schedule":
-            room = min(WIDE, max(NARROW, width - KEYS - 12))
+            room = min(WIDE, max(NARROW, width - INDENT - KEYS - 12))
             plot = curve(facts["schedule"], facts["adapter"]["units_start"], width=room, unicode=unicode)
             table.add_row(Text("plot"), Text("\n".join(plot), no_wrap=True, overflow="crop"))
-        shown.append(table)
+        shown.append(Padding(table, (0, 0, 0, INDENT)))
         if title == "adapter" and with_modules and facts["modules"]:
-            shown.append(module_table(facts["modules"]))
+            shown.append(Padding(module_table(facts["modules"]), (0, 0, 0, INDENT)))
     return Group(*shown)
 
 
 def module_table(groups: Sequence[Mapping[str, Any]]) -> RenderableType:
     """One line for each kind of target module: how many, their shape, and what each starts with."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title_justify="left")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
     table.add_column("modules", overflow="fold", header_style="dim")
     for name in ("count", "shape", "units", "parameters"):
         table.add_column(name, justify="right", header_style="dim", no_wrap=True)

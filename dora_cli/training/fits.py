@@ -80,7 +80,7 @@ def memory_size(n: int) -> str:
 
 
 def fits(estimate: MemoryEstimate, base: Base, batch_size: int, frugal: MemoryEstimate | None = None) -> dict[str, str]:
-    """For the plan: size → the fewest devices of that size, and how much each of them needs.
+    """For the plan: size → the fewest devices of that size, and how much each of them needs; up to where one is enough.
 
     Args:
         estimate: of one process with the whole batch.
@@ -98,6 +98,8 @@ def fits(estimate: MemoryEstimate, base: Base, batch_size: int, frugal: MemoryEs
         if less and [(w.devices, w.sharded) for w in less[:1]] != [(w.devices, w.sharded) for w in there[:1]]:
             text += "; by train.gradient_checkpointing=true " + ", or ".join(map(str, less))
         found[f"{size} GB"] = text
+        if there and there[0].devices == 1:
+            break  # larger ones take it as well
     return found
 
 

@@ -57,7 +57,7 @@ def test_the_plan_says_what_the_run_then_does(
     assert "final choice: 12 units alive in" in text
 
     log = (tmp_path / "run/train.log").read_text()
-    assert log.startswith("run\nrecipe") and "plot" in log and "next " in log and "\033" not in log
+    assert log.startswith("run\n  recipe") and "plot" in log and "next " in log and "\033" not in log
     assert max(map(len, log.splitlines())) <= 80 or str(tmp_path) in log
 
 
