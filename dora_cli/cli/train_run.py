@@ -65,7 +65,7 @@ def run(composed: Composed, world: World = ALONE, built: Callable[[Session], obj
         os.environ["HF_HUB_OFFLINE"] = "1"
     if config.push_to_hub:
         world.on_main(lambda: require_hub(str(config.push_to_hub), offline=config.offline))
-    check_trackers(tracked(config.track), offline=config.offline)
+    world.on_main(lambda: check_trackers(tracked(config.track), offline=config.offline))
     if config.dry_run:
         session = _ready(composed, None, world)
         built(session)

@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
+from dora_cli.processes import World
+from dora_cli.reporting.events import MetricsFile, read_metrics
 from dora_cli.reporting.trackers import TRACKERS, base
 
 Train = Callable[..., int]
@@ -29,10 +31,12 @@ def back() -> Any:
 
 
 class Fake:
-    """A tracker in memory, which fails at the step that it is told to."""
+    """A tracker in memory, which fails at the step that it is told to, or is killed there, or never starts."""
 
     packages: ClassVar[tuple[str, ...]] = ("json",)
     fails_at: ClassVar[int | None] = None
+    killed_at: ClassVar[int | None] = None
+    down: ClassVar[bool] = False
     calls: ClassVar[list[tuple[Any, ...]]] = []
 
     def __init__(self, *, offline: bool) -> None: ...
@@ -41,12 +45,16 @@ class Fake:
     def check(cls, *, offline: bool) -> None: ...
 
     def start(self, folder: Path, project: str, name: str, config: Mapping[str, Any], known: str | None) -> str:
+        if self.down:
+            raise ConnectionError("no server")
         self.calls.append(("start", project, name, config["budget"], known))
         return "seven"
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         if step == self.fails_at:
             raise ConnectionError("the cable was pulled\nand more")
+        if step == self.killed_at:
+            raise KeyboardInterrupt
         self.calls.append(("log", step, dict(numbers)))
 
     def close(self, summary: Mapping[str, float], state: str) -> None:
@@ -60,7 +68,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
     monkeypatch.setitem(sys.modules, "fake_tracker", module)
     monkeypatch.setitem(TRACKERS, "fake", "fake_tracker:Fake")
     monkeypatch.setattr(Fake, "calls", [])
-    monkeypatch.setattr(Fake, "fails_at", None)
+    for name, usual in {"fails_at": None, "killed_at": None, "down": False}.items():
+        monkeypatch.setattr(Fake, name, usual)
     return Fake
 
 
@@ -133,6 +142,47 @@ def test_a_tracker_that_fails_is_off_and_gets_what_it_missed_on_resume(
     }
 
 
+def session(run: Path, steps: range, *names: str) -> None:
+    """A run that goes on from the checkpoint before ``steps`` and says something at each of them."""
+    trackers = base.Trackers(
+        names, run, project="p", name="n", config={"budget": 1}, offline=True, say=lambda text: None
+    )
+    past = [record for record in read_metrics(run / "metrics.jsonl") if record["step"] < steps[0]]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in past))
+    file = MetricsFile(run / "metrics.jsonl", run / "metrics.jsonl", copy=trackers.log)
+    with trackers:
+        for step in steps:
+            file.write({"step": step, "split": "train", "loss": 1.0})
+            file.write({"step": step, "split": "validation", "loss": 1.0})
+
+
+def test_over_many_interruptions_each_record_is_sent_once(fake: type[Fake], tmp_path: Path) -> None:
+    def sent_until(last: int) -> None:
+        wanted = [(step, [f"{split}/loss"]) for step in range(1, last + 1) for split in ("train", "validation")]
+        assert [(call[1], list(call[2])) for call in fake.calls if call[0] == "log"] == wanted
+
+    fake.fails_at = 6
+    session(tmp_path, range(1, 11), "fake")
+    fake.fails_at, fake.down = None, True
+    session(tmp_path, range(9, 16), "fake")  # it does not even start
+    sent_until(5)
+    fake.down, fake.killed_at = False, 8
+    with pytest.raises(KeyboardInterrupt):
+        session(tmp_path, range(13, 17), "fake")  # killed while it catches up
+    sent_until(7)
+    fake.killed_at = None
+    session(tmp_path, range(13, 21), "fake")
+    session(tmp_path, range(17, 19), "fake")  # killed before it is where it was
+    session(tmp_path, range(17, 23), "fake")
+    sent_until(22)
+    session(tmp_path, range(21, 27))  # left out, twice
+    session(tmp_path, range(25, 29))
+    sent_until(22)
+    session(tmp_path, range(27, 31), "fake")
+    sent_until(30)
+    assert {call[-1] for call in fake.calls if call[0] == "start"} == {None, "seven"}
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -197,3 +247,29 @@ def test_nothing_is_imported_unasked_and_overwriting_clears_it_all(
         (run / name).mkdir()
     assert dora_train("method=lora", "budget=r1", "train.max_steps=1", "overwrite=true") == 0
     assert not [path for path in run.iterdir() if path.name in {*TRACKERS, "trackers.json"} - {"fake"}]
+
+
+def test_a_login_that_fails_is_said_by_the_main_process_alone(
+    dora_train: Train, composed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dora_cli.cli import train_run
+    from dora_cli.cli.parts import load_parts
+
+    def login(prompt: bool) -> bool:
+        raise OSError("the key is no key\nand more")
+
+    module = SimpleNamespace(login=login, Error=OSError)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(base, "find_spec", lambda package: module)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert dora_train("budget=r2", "track.to=wandb", "model.name=/nowhere") == 2
+    said = capsys.readouterr().err
+    assert "the key is no key" in said and "WANDB_MODE=offline" in said and "and more" not in said
+
+    class Elsewhere(World):
+        def on_main(self, function: Any) -> Any:
+            raise InterruptedError
+
+    words = ["recipe=text_classification", "budget=r2", "track.to=wandb", "data.path=/nowhere"]
+    with pytest.raises(InterruptedError):
+        train_run.run(composed(words, load_parts()), Elsewhere())

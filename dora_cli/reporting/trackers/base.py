@@ -116,23 +116,28 @@ class Trackers:
         self._written = read_metrics(folder / "metrics.jsonl")
         last = max((record["step"] for record in self._written), default=0)
         self._repeated: Mark = last, {record["split"] for record in self._written if record["step"] == last}
-        self._marks: dict[str, Mark] = dict.fromkeys(names, self._repeated)
+        self._marks: dict[str, Mark] = {}  # the last that each has been sent
 
     def __enter__(self) -> "Trackers":
+        # On disk "until" is the mark of a tracker that has been sent less than metrics.jsonl has, or more: what lies
+        # behind the checkpoint is cut off there now. Without one it has been sent just that.
+        for name, known in self._known.items():
+            known.setdefault("until", _listed(self._repeated))
+            self._marks[name] = known["until"][0], set(known["until"][1])
+        self._write()  # those left out today too: they will have missed this
         for name in list(self._running):
-            before = self._known.get(name, {})
-            self._try(name, partial(self._start, name, before.get("id")))
-            step, splits = before.get("until", self._repeated if before else (0, []))
-            self._marks[name] = step, set(splits)
+            self._marks.setdefault(name, (0, set()))
+            self._try(name, partial(self._start, name))
             for record in self._written:  # what it has missed
-                self._send(name, record, self._marks[name])
-        self._write()
+                if self._send(name, record):
+                    self._mark(name)
         return self
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Hand one record of ``metrics.jsonl`` on, unless it repeats one from before the run was interrupted."""
         for name in list(self._running):
-            self._send(name, record, self._repeated)
+            if self._send(name, record) and self._known[name].pop("until", None):
+                self._write()
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """The run is finished, and this is its ``summary.json``."""
@@ -145,17 +150,21 @@ class Trackers:
         for name in list(self._running):
             self._try(name, lambda tracker: tracker.close(summary, self.state))
 
-    def _start(self, name: str, known: str | None, tracker: Tracker) -> None:
-        found = tracker.start(self.folder, self.project, self.name, self.config, known)
-        self._known[name] = {"id": found}
+    def _start(self, name: str, tracker: Tracker) -> None:
+        known = self._known.get(name, {}).get("id")
+        self._known[name] = {"id": tracker.start(self.folder, self.project, self.name, self.config, known)}
+        self._mark(name)
 
-    def _send(self, name: str, record: Mapping[str, Any], mark: Mark) -> None:
+    def _send(self, name: str, record: Mapping[str, Any]) -> bool:
+        """Send what it has not been sent yet. Returns whether that was done."""
         step, split = record["step"], record["split"]
-        if name not in self._running or step < mark[0] or (step == mark[0] and split in mark[1]):
-            return
-        if self._try(name, lambda tracker: tracker.log(step, numbers(record))):
-            last, splits = self._marks[name]
+        last, splits = self._marks[name]
+        if name not in self._running or step < last or (step == last and split in splits):
+            return False
+        sent = self._try(name, lambda tracker: tracker.log(step, numbers(record)))
+        if sent:
             self._marks[name] = step, {split} | (splits if step == last else set())
+        return sent
 
     def _try(self, name: str, act: Callable[[Tracker], object]) -> bool:
         """A tool's failure is not the run's: from then on it is off, until the run is resumed."""
@@ -166,11 +175,13 @@ class Trackers:
             told = str(error).strip().splitlines() or [""]
             self.say(f"track.to={name} is off from here on: {type(error).__name__}: {told[0][:200]}")
             if name in self._known:
-                step, splits = self._marks[name]
-                self._known[name]["until"] = [step, sorted(splits)]
-                self._write()
+                self._mark(name)
             return False
         return True
+
+    def _mark(self, name: str) -> None:
+        self._known[name]["until"] = _listed(self._marks[name])
+        self._write()
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
@@ -185,6 +196,10 @@ class Trackers:
         partial = self.folder / f".{STATE}.tmp"  # one run per folder: nobody else writes it
         partial.write_text(json.dumps(self._known), encoding="utf-8")
         partial.replace(self.folder / STATE)
+
+
+def _listed(mark: Mark) -> list[Any]:
+    return [mark[0], sorted(mark[1])]
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:

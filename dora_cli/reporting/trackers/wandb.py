@@ -21,11 +21,14 @@ class Wandb:
     def check(cls, *, offline: bool) -> None:
         if offline or os.environ.get("WANDB_MODE", "online") != "online":
             return
-        if not tool("wandb").login(prompt=False):
-            raise UserError(
-                "track.to=wandb: nobody is logged in to Weights & Biases here",
-                hint="run wandb login (or set WANDB_API_KEY), or keep it local: offline=true or WANDB_MODE=offline",
-            )
+        hint = "run wandb login (or set WANDB_API_KEY), or keep it local: offline=true or WANDB_MODE=offline"
+        try:
+            logged_in = tool("wandb").login(prompt=False)
+        except tool("wandb").Error as error:  # a key that is none, or a server that nobody reaches
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError("track.to=wandb: the login at Weights & Biases failed", where=reason, hint=hint) from None
+        if not logged_in:
+            raise UserError("track.to=wandb: nobody is logged in to Weights & Biases here", hint=hint)
 
     def start(self, folder: Path, project: str, name: str, config: Mapping[str, Scalar], known: str | None) -> str:
         wandb = tool("wandb")
