@@ -13,6 +13,7 @@ dora.save("adapter")
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dora_cli.adapters.inject import inject, regroup, remove
 from dora_cli.allocation import rules
 from dora_cli.allocation.controller import Allocation
 from dora_cli.allocation.verdict import Verdict
+from dora_cli.api_checks import check_dense, check_given, check_needs, check_optimizer, check_steps
 from dora_cli.checkpoints.adapter_format import LowRank
 from dora_cli.checkpoints.run_state import load_checkpoint, newest_checkpoint, save_checkpoint
 from dora_cli.cli.parts import load_parts
@@ -39,7 +41,7 @@ from dora_cli.training.start import fill
 from dora_cli.training.state import join, load_moments, load_values, moments, split
 from dora_cli.training.summary import rank_map
 
-FORMAT = 1  # of a state; another one is refused
+FORMAT = 2  # of a state; another one is refused
 # The name of a model's class → PEFT's name of its task. That of answers to questions has a wrapper with faults.
 PEFT_TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -84,6 +86,7 @@ def adapt(
     """
     if export not in ("exact", "uniform"):
         raise UserError(f"export={export} is not offered", hint="it is exact or uniform")
+    check_given(total_steps, heads, seed)
     table = load_parts()
     if any(isinstance(module, AdapterLayer) for module in model.modules()):
         raise UserError("the model has adapters already", hint="merge() or unload() them, or take a fresh model")
@@ -95,21 +98,21 @@ def adapt(
     check_values(composed, size)
     adapter, allocator = composed.parts["adapter"], composed.parts["allocator"]
     start = getattr(adapter, "start", lambda: None)()
-    _check_needs(composed, start, probe)
+    check_needs(composed, start, probe)
     if heads is None:
         heads = find_heads(model, []) if hasattr(model, "base_model_prefix") else []
     if lost := [name for name in heads if name not in dict(model.named_modules())]:
         raise UserError(f"heads: the model has no module '{lost[0]}'")
     targets, ranks, target = sized_targets(composed, model, list(heads), size)
-    _check_dense(model, targets)
+    check_dense(model, targets)
 
     model.requires_grad_(False)
     adapter.unfreeze(model, list(heads))
     for name in heads:
         model.get_submodule(name).requires_grad_(True)
     wrapped = {n: r for n, r in zip(targets, ranks, strict=True) if r > 0 or allocator.grows}
-    with torch.random.fork_rng(devices=[]):  # layers draw on the CPU
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # layers draw on the CPU; torch.manual_seed is for every device
         layers = inject(model, list(wrapped), adapter, list(wrapped.values()))
         if start is not None:
             fill(start, layers, adapter, dict(zip(targets, ranks, strict=True)))
@@ -150,6 +153,7 @@ class Dora:
         self.head_modules = head_modules
         self.step = 0
         self._passes = 0  # forward passes in training since the last step
+        self._fits = False  # whether the optimizer's state has been looked at
         self._allocation: Allocation | None = None
         self._masks = composed.parts["adapter"].masks(layers, composed.config.seed)
         self._hook = model.register_forward_pre_hook(self._before_pass)
@@ -175,8 +179,9 @@ class Dora:
             rebuilds: whether what is dropped leaves its tensors on the way; see ``Allocation``.
 
         Raises:
-            UserError: it is planned already, or the schedule does not fit so many steps.
+            UserError: it is planned already, this is no number of steps, or the schedule does not fit so many.
         """
+        check_steps(total_steps)
         if self._allocation is not None:
             raise UserError("this adapter has its schedule already", hint="adapt a fresh model for another training")
         self._allocation = self.allocate(total_steps, rebuilds)
@@ -185,7 +190,10 @@ class Dora:
     def parameter_groups(
         self, lr: float, *, head_lr: float | None = None, weight_decay: float = 0.01
     ) -> list[dict[str, Any]]:
-        """Groups for any optimizer: adapters, and heads with ``head_lr``. Gates, biases and norms do not decay.
+        """Groups for an optimizer: adapters, and heads with ``head_lr``. Gates, biases and norms do not decay.
+
+        Where units leave their tensors or grow, its state must be scalars and moments of its parameters' shapes, as in
+        SGD and the Adam family.
 
         Raises:
             UserError: a rate with which the method can't work.
@@ -207,7 +215,13 @@ class Dora:
 
         Returns:
             At an allocation event: step, budget, alive, params and ranks per module. Else None.
+
+        Raises:
+            UserError: after the first step, where the optimizer's state can't follow units that come and go.
         """
+        if taken and not self._fits:
+            check_optimizer(optimizer, self.allocation)
+            self._fits = True
         self.step += 1
         self._passes = 0
         return self.allocation.after_step(self.step, optimizer, Verdict(taken))
@@ -267,11 +281,18 @@ class Dora:
         """Write all that resuming needs into ``folder/step-…``, as safetensors and JSON; returns that folder.
 
         Learning-rate schedule, data order and random numbers are the loop's own.
+
+        Raises:
+            UserError: the optimizer's state is more than tensors.
         """
-        tensors = {
-            "model": {name: p.detach() for name, p in self.trained_parameters().items()},
-            "optimizer": moments(self.model, optimizer),
-        }
+        state = moments(self.model, optimizer)
+        if other := next((key for key, value in state.items() if not isinstance(value, torch.Tensor)), None):
+            raise UserError(
+                f"{type(optimizer).__name__} keeps more than tensors, which save_state can't write",
+                where=f"{other} is a {type(state[other]).__name__}",
+                hint="take an optimizer of torch.optim, or save the training by other means",
+            )
+        tensors = {"model": {name: p.detach() for name, p in self.trained_parameters().items()}, "optimizer": state}
         return self.write_state(folder, tensors, keep_last=keep_last)
 
     def load_state(self, folder: str | os.PathLike[str], optimizer: Optimizer) -> int:
@@ -281,7 +302,7 @@ class Dora:
             optimizer: a fresh one over ``parameter_groups``.
 
         Raises:
-            UserError: it is of another method, of other modules, or of another version's format.
+            UserError: it is of a training that was adapted otherwise, or of another version's format.
         """
         tensors = self.read_state(folder)
         if tensors is not None:
@@ -295,7 +316,7 @@ class Dora:
     ) -> Path:
         """The allocation's own state into ``folder/step-…``, and ``tensors`` beside it."""
         allocation, numbers = split(self.allocation.state_dict())
-        rest = {"format": FORMAT, "method": self._identity(), "step": self.step, "allocation": numbers}
+        rest = {"format": FORMAT, "training": self._identity(), "step": self.step, "allocation": numbers}
         Path(folder).mkdir(parents=True, exist_ok=True)
         return save_checkpoint(
             Path(folder), self.step, {**tensors, "allocation": allocation}, rest, keep_last=keep_last
@@ -307,10 +328,17 @@ class Dora:
         if path is None:
             return None
         tensors, rest = load_checkpoint(path)
-        if rest["format"] != FORMAT or rest["method"] != self._identity():
+        if rest["format"] != FORMAT:
+            raise UserError(
+                f"{path} has format {rest['format']}, this version reads {FORMAT}",
+                hint="go on with the version that wrote it, or begin in another folder",
+            )
+        then, now = rest["training"], self._identity()
+        if differing := [key for key in {**now, **then} if then.get(key) != now.get(key)]:
+            key = differing[0]
             raise UserError(
                 f"{path} is the state of another training",
-                where=f"{rest['method']} then, {self._identity()} now",
+                where=f"{key}: {then.get(key, 'not there')} then, {now.get(key, 'not there')} now",
                 hint="adapt the model as it was adapted then, or begin in another folder",
             )
         self.allocation.load_state_dict(join(tensors["allocation"], rest["allocation"]))
@@ -318,9 +346,25 @@ class Dora:
         return tensors
 
     # ---- inside --------------------------------------------------------------------------------------------------
-    def _identity(self) -> str:
-        window = self.allocation.window
-        return f"{self.composed.method} ({', '.join(self.composed.names.values())}), {window.total} steps"
+    def _identity(self) -> dict[str, str]:
+        """All that a training that goes on must have in common with the one it goes on from, by key."""
+        composed, total = self.composed, self.allocation.window.total
+        config = composed.config
+        options: dict[str, str] = {}
+        for group, part in composed.parts.items():
+            if is_dataclass(part):  # an object of the user's own may be none, and have what no text can tell
+                values = {f"{group}.{f.name}": getattr(part, f.name) for f in fields(part) if f.init}
+                options |= {k: str(v) for k, v in values.items() if isinstance(v, str | int | float | list | None)}
+        return {
+            "method": composed.method,
+            "total_steps": str(total),
+            "budget": str(config.budget),
+            **composed.names,
+            **options,
+            "heads": ", ".join(self.head_modules) or "none",
+            "seed": str(config.seed),
+            "export": config.export,
+        }
 
     def _before_pass(self, module: nn.Module, args: Any) -> None:
         """Every micro-batch in training has masks of its own."""
@@ -333,29 +377,3 @@ def low_rank_or_none(dora: Dora, name: str) -> LowRank | None:
     """The living components of a module; None where its update is no plain sum of components."""
     update = low_rank(dora, name) if dora.layers[name].is_low_rank else None
     return update if type(update) is LowRank else None
-
-
-def _check_needs(composed: Composed, start: Any, probe: Callable[[], float] | None) -> None:
-    if start is not None and start.looks:
-        raise UserError(
-            f"adapter.init={composed.parts['adapter'].init} looks at training data before anything is trained",
-            hint="use dora-train for it, or options={'adapter.init': 'default'}",
-        )
-    if getattr(composed.parts["adapter"], "init_from", None) is not None:
-        raise UserError("adapter.init_from is for dora-train", hint="load the weights you start from yourself")
-    if "probe" in composed.parts["importance"].needs and probe is None:
-        raise UserError(
-            f"importance={composed.names['importance']} asks for the loss on a fixed batch",
-            hint="give adapt() a probe=… that returns it as a number",
-        )
-
-
-def _check_dense(model: nn.Module, targets: Sequence[str]) -> None:
-    """Refuse a base whose weights are packed or sharded: nobody has told us how."""
-    for name in targets:
-        weight: torch.Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
-        if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
-            raise UserError(
-                f"the weight of '{name}' is a {type(weight).__name__} of {weight.dtype}, not plain numbers",
-                hint="for a quantised base use dora-train model.quantization=…",
-            )

@@ -24,6 +24,23 @@ FOLDER = "dora"  # in each of the Trainer's checkpoints
 RESHAPING = {"grow", "freeze", "thaw"}  # verbs that change what is in the optimizer
 
 
+class _NotYet(float):
+    """A ``max_grad_norm`` that keeps its value but says once, to the first who asks, that it is not above 0.
+
+    That is the Trainer, once a step: the callback clips later. A 0 in its place would stay in the user's arguments
+    wherever a step is interrupted, and whatever trains with them next would not be clipped.
+    """
+
+    _asked = False
+
+    def __gt__(self, other: float) -> bool:
+        asked, self._asked = self._asked, True
+        return asked and float(self) > other
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        return float, (float(self),)  # a Trainer pickles its arguments
+
+
 class DoraCallback(TrainerCallback):
     """Allocates while a ``Trainer`` trains, and keeps its state in the Trainer's checkpoints.
 
@@ -40,7 +57,7 @@ class DoraCallback(TrainerCallback):
 
     def __init__(self, dora: Dora) -> None:
         self.dora = dora
-        self._clip_norm = 0.0
+        self._clip_norm: float | None = None
         self.events: list[dict[str, Any]] = []  # of allocation: step, budget, alive, params and ranks per module
 
     def on_train_begin(
@@ -59,13 +76,20 @@ class DoraCallback(TrainerCallback):
             self._resume(args, state.global_step)
         else:
             regroup(dora.layers, optimizer)  # an allocator may have made room
-        self._clip_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+        norm = args.max_grad_norm
+        self._clip_norm = None if norm is None else float(norm)  # None is taken for no clipping
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        args.max_grad_norm = _NotYet(self._clip_norm or 0.0)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        args.max_grad_norm = self._clip_norm  # type: ignore[assignment]
         self.dora.after_backward()
-        if self._clip_norm > 0:
+        if self._clip_norm is not None and self._clip_norm > 0:
             clip_grad_norm_(kwargs["model"].parameters(), self._clip_norm)
 
     def on_optimizer_step(
@@ -83,9 +107,8 @@ class DoraCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        args.max_grad_norm = self._clip_norm
         if self.dora.allocation.allocator.compacts and self.dora.step >= self.dora.final_step:
-            self.dora.allocation.table.compact(_bare(kwargs["optimizer"]))
+            self.dora.allocation.table.compact()  # the optimizer has done its work
 
     def _check(self, args: TrainingArguments, optimizer: Optimizer) -> None:
         allocator = self.dora.composed.parts["allocator"]

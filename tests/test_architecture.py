@@ -16,7 +16,7 @@ LEVEL = {
     "callback": 6,  # of transformers' Trainer
     **dict.fromkeys(("train", "api"), 5),  # ``python -m dora_cli.train``; the Python API
     "cli": 4,
-    **dict.fromkeys(("training", "checkpoints", "evaluation", "reporting"), 3),
+    **dict.fromkeys(("training", "checkpoints", "evaluation", "reporting", "api_checks"), 3),
     "allocation": 2,
     **dict.fromkeys(("adapters", "config", "models", "data"), 1),
     **dict.fromkeys(("registry", "modes", "processes"), 0),

@@ -143,7 +143,7 @@ class Gated(LowRankPart):
         d_out, d_in = linear_shape(base)
         device = next(base.parameters()).device
         a, b, c = (
-            torch.randn(shape, device=device) * std
+            torch.randn(shape).to(device) * std  # drawn on the CPU, the same everywhere
             for shape, std in zip(((rank, d_in), (d_out, rank), (rank,)), STDS, strict=True)
         )
         layer = GatedLayer(base, a, b, c, self.scale(rank), self.dropout, self.n_bits)

@@ -42,14 +42,19 @@ def discard(parameters: list[nn.Parameter], optimizer: Optimizer) -> None:
 
 
 def check_state(optimizer: Optimizer) -> None:
-    """Raise RuntimeError where a moment's shape is not its parameter's."""
+    """Raise RuntimeError where a state is neither a scalar nor a number for each of its parameter's.
+
+    Packed numbers (8-bit moments) may come in a tensor type of their own, of the parameter's shape but without rows.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
+                if not isinstance(value, Tensor) or value.dim() == 0:
+                    continue
+                if value.shape != parameter.shape or type(value) is not type(parameter.data):
                     raise RuntimeError(
-                        f"optimizer state '{key}' has shape {tuple(value.shape)}, "
-                        f"its parameter {tuple(parameter.shape)}"
+                        f"optimizer state '{key}' is a {type(value).__name__} of shape {tuple(value.shape)}, "
+                        f"its parameter has shape {tuple(parameter.shape)}"
                     )
 
 

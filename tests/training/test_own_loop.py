@@ -1,6 +1,7 @@
 """The Python API and the Trainer's callback keep the units that ``dora-train`` keeps on the same batches."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -147,7 +149,7 @@ class Batches(IterableDataset[dict[str, Tensor]]):
         return iter(self.batches)
 
 
-def trainer(reference: Reference, folder: Path, dora: Dora, optimizer: Any, **more: Any) -> Any:
+def trainer(reference: Reference, folder: Path, dora: Dora, optimizer: Any, args: Any = None, **more: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     given: dict[str, Any] = {
@@ -163,7 +165,7 @@ def trainer(reference: Reference, folder: Path, dora: Dora, optimizer: Any, **mo
     }
     return Trainer(
         dora.model,
-        TrainingArguments(**given),
+        args or TrainingArguments(**given),
         train_dataset=Batches(reference.batches),
         data_collator=lambda rows: rows[0],
         optimizers=(optimizer, reference.schedule(optimizer)),
@@ -222,6 +224,37 @@ def test_a_trainers_own_optimizer_and_methods_that_reshape_it_are_refused(refere
         trainer(reference, tmp_path, dora, optimizer, save_strategy="steps").train()
 
 
+def test_an_interrupted_trainer_leaves_its_arguments_clipping_and_any_optimizer_ends_compact(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    from dora_cli import callback
+
+    def pull(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    norms: list[float] = []
+    monkeypatch.setattr(callback, "clip_grad_norm_", lambda parameters, norm: norms.append(norm))
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda *_: pytest.fail("the Trainer clips too"), raising=False)
+    dora, optimizer = reference.adapted()
+    dora.model.register_forward_pre_hook(pull)
+    first = trainer(reference, tmp_path, dora, optimizer, max_grad_norm=0.5, max_steps=12)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert first.args.max_grad_norm == pickle.loads(pickle.dumps(first.args)).max_grad_norm == 0.5
+    assert {first.args.max_grad_norm > 0 for _ in range(2)} >= {True}, "one step at most goes without"
+    for norm in (0.5, None):
+        first.args.max_grad_norm, norms[:] = norm, []
+        dora, _ = reference.adapted()
+        optimizer = torch.optim.Adafactor(dora.parameter_groups(lr=1e-3))  # type: ignore[attr-defined]
+        trainer(reference, tmp_path, dora, optimizer, first.args).train()
+        assert norms == ([norm] * 12 if norm else []) and first.args.max_grad_norm == norm
+        assert {n: len(layer.c) for n, layer in dora.layers.items() if len(layer.c)} == {
+            n: rank for n, rank in dora.ranks().items() if rank
+        }
+
+
 class Net(nn.Module):
     """No transformer: its layers are named."""
 
@@ -240,7 +273,9 @@ def test_any_module_takes_adapters_and_parts_by_object(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, before = Net(), torch.get_rng_state()
     parts = {"adapter": Components(rank=6, targets=["first"]), "schedule": Linear(start=0.2, end=0.6)}
-    dora = adapt(net, budget=0.5, total_steps=20, heads=["last"], options={"allocator.interval": 1}, **parts)
+    with mock.patch.object(torch.cuda, "manual_seed_all") as devices:
+        dora = adapt(net, budget=0.5, total_steps=20, heads=["last"], options={"allocator.interval": 1}, **parts)
+    devices.assert_not_called()
     assert torch.equal(torch.get_rng_state(), before), "the loop's random numbers are its own"
     assert [n for n, p in net.named_parameters() if p.requires_grad] == [
         *(f"first.{n}" for n in "abc"),
@@ -280,6 +315,10 @@ def test_any_module_takes_adapters_and_parts_by_object(tmp_path: Path) -> None:
         ({"method": "eva", "budget": "r2"}, "looks at training data"),
         ({"method": "alora", "budget": "r2"}, "asks for the loss on a fixed batch"),
         ({"heads": ["lost"]}, "no module 'lost'"),
+        ({"heads": "last"}, "heads='last' is no list of names"),
+        ({"seed": "one"}, "seed='one' is no seed"),
+        ({"total_steps": 0}, "total_steps=0 is no number"),
+        ({"total_steps": 10.5}, "total_steps=10.5 is no number"),
         ({}, "no linear layers inside transformer layers"),
     ],
 )
@@ -291,10 +330,63 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_alone(given: dict[str, A
     assert type(net.first) is nn.Linear and all(p.requires_grad for p in net.parameters())
 
 
+def small(optimizer: Any = torch.optim.AdamW, **more: Any) -> tuple[Dora, Any]:
+    options = {"adapter.rank": 4, "adapter.targets": ["first"], "allocator.interval": 2} | more.pop("options", {})
+    dora = adapt(Net(), **{"budget": 0.5, "total_steps": 20, "heads": ["last"], **more, "options": options})
+    return dora, optimizer(dora.parameter_groups(lr=1e-3))
+
+
+def step(dora: Dora, optimizer: Any) -> None:
+    dora.model(torch.ones(1, 8)).sum().backward()
+    dora.after_backward()
+    optimizer.step()
+    dora.after_step(optimizer)
+
+
+def test_an_optimizer_without_a_number_for_each_of_a_parameters_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Adafactor can't train tensors that change their size"):
+        step(*small(torch.optim.Adafactor))  # type: ignore[attr-defined]
+    static: dict[str, Any] = {"method": "lora", "budget": "r2", "options": {"allocator.interval": None}}
+    dora, optimizer = small(torch.optim.Adafactor, **static)  # type: ignore[attr-defined]
+    step(dora, optimizer)
+    assert dora.save_state(tmp_path, optimizer).exists()
+    optimizer.state[dora.model.last.bias]["calls"] = 1
+    with pytest.raises(UserError, match="more than tensors, which save_state can't write"):
+        dora.save_state(tmp_path, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"budget": 0.25}, "budget: 0.5 then, 0.25 now"),
+        ({"options": {"adapter.rank": 6}}, "adapter.rank: 4 then, 6 now"),
+        ({"options": {"allocator.interval": 3}}, "allocator.interval: 2 then, 3 now"),
+        ({"schedule": "linear"}, "schedule: cubic_late then, linear now"),
+        ({"heads": []}, "heads: last then, none now"),
+        ({"export": "uniform"}, "export: exact then, uniform now"),
+        ({"total_steps": 30}, "total_steps: 20 then, 30 now"),
+    ],
+)
+def test_the_state_of_another_training_is_refused_by_what_differs(
+    more: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    dora, optimizer = small()
+    step(dora, optimizer)
+    dora.save_state(tmp_path, optimizer)
+    again, optimizer = small()
+    assert again.load_state(tmp_path, optimizer) == 1
+    other, optimizer = small(**more)
+    with pytest.raises(UserError, match="state of another training") as caught:
+        other.load_state(tmp_path, optimizer)
+    assert message in str(caught.value) and other.step == 0
+
+
 def test_without_a_number_of_steps_it_says_so() -> None:
     dora = adapt(Net(), budget=0.5, options={"adapter.rank": 4, "adapter.targets": "re:.*"})
     with pytest.raises(UserError, match="how many optimizer steps"):
         dora.after_backward()
+    with pytest.raises(UserError, match="total_steps=-1 is no number of steps"):
+        dora.start(-1)
     dora.start(10)
     with pytest.raises(UserError, match="schedule already"):
         dora.start(10)
