@@ -251,7 +251,7 @@ def _no_upload(where: str | None = None) -> UserError:
     return UserError(
         "push_to_hub is for one run: the jobs of -m would go into one repository, over each other",
         where=where,
-        hint=f"add push_to_hub=null, and {later}" if where else later,
+        hint=f"add push_to_hub=null\n{later}" if where else later,
     )
 
 
