@@ -172,7 +172,8 @@ def composed() -> Callable[..., Any]:
     """``compose``, which gives for the same words what it gave before; it takes half of a tiny run's time.
 
     What speaks of one start alone (``out``, ``resume``, …) is set afterwards, as the composition would. Users' own
-    files may change between two calls, so that what is made of them is composed each time.
+    files may change between two calls, so that what is made of them is composed each time, as is ``hub.…``, which is
+    refused by itself.
     """
     from dora_cli.config.compose import compose
     from dora_cli.config.record import NOT_REPEATED
@@ -182,8 +183,8 @@ def composed() -> Callable[..., Any]:
 
     def again(words: Sequence[str], parts: Any, config_dirs: Sequence[str] = ()) -> Any:
         start = {k: truth.get(v, v) for k, _, v in (w.partition("=") for w in words) if k in NOT_REPEATED}
-        own_files = any(w.startswith("recipe=") and ("/" in w or "." in w) for w in words)
-        if config_dirs or own_files or start.keys() >= {"resume", "overwrite"} or str(start.get("out"))[:1] in "~'\"":
+        afresh = any(w.startswith("hub.") or (w.startswith("recipe=") and ("/" in w or "." in w)) for w in words)
+        if config_dirs or afresh or start.keys() >= {"resume", "overwrite"} or str(start.get("out"))[:1] in "~'\"":
             return compose(words, parts, config_dirs)
         key = tuple(w for w in words if w.partition("=")[0] not in NOT_REPEATED)
         if key not in known:

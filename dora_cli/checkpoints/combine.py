@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Any
 
+import torch
+
 from dora_cli.checkpoints.adapter_file import AdapterFile, Lazy, SquareUpdate, Update, read_update
+from dora_cli.checkpoints.base_folder import Base
 from dora_cli.checkpoints.deltas import WAYS, Combination, Deltas
+from dora_cli.checkpoints.names import model_names
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
 
@@ -49,8 +52,8 @@ def combination(
     given = tuple(weights) if weights is not None else (1.0,) * n
     if len(given) != n:
         raise UserError(f"weights= names {len(given)} weights for {n} adapters")
-    if not all(isfinite(weight) for weight in given):
-        raise UserError(f"weights={list(given)}: not all are finite numbers")
+    if not all(abs(weight) <= torch.finfo(torch.float32).max for weight in given):
+        raise UserError(f"weights={list(given)}: not all are finite numbers of float32")
     if density is not None and how == "linear":
         raise UserError(f"density={density} has no meaning with combine=linear, which keeps every element")
     if seed is not None and not how.startswith("dare"):
@@ -62,20 +65,15 @@ def combination(
     return Combination(how, given, density, 1 if seed is None else seed)
 
 
-def combined(
-    adapters: Sequence[AdapterFile],
-    names: Sequence[str],
-    chosen: Combination,
-    *,
-    base: str | None,
-    heads_from: str | None,
+def leading(
+    adapters: Sequence[AdapterFile], names: Sequence[str], *, base: str | None, heads_from: str | None
 ) -> AdapterFile:
-    """The adapters as one, whose updates are combined when they are looked up. All else is that of one of them.
+    """The adapter that gives head, tokens and task, and whose model the result is.
 
     Args:
         names: what the user calls each adapter.
         base: name of the base; null takes the one that all of them name.
-        heads_from: the name of the one that gives head, tokens and task, needed where several have some.
+        heads_from: the name of the one that is meant, needed where several have a head or tokens.
 
     Raises:
         UserError: adapters that can't be combined, different bases, or heads of which none was chosen.
@@ -83,10 +81,24 @@ def combined(
     for adapter in adapters:
         _require_sums(adapter)
     _require_one_base(adapters, base)
-    owner = _owner(adapters, names, heads_from)
+    return _owner(adapters, names, heads_from)
+
+
+def combined(adapters: Sequence[AdapterFile], owner: AdapterFile, chosen: Combination, base: Base) -> AdapterFile:
+    """The adapters as one, whose updates are combined when they are looked up. All else is the ``owner``'s.
+
+    Adapters of a body, and of a body below a head, name its modules with one prefix less or more: the base's tensors
+    say which are the same.
+
+    Raises:
+        UserError: an adapter does not fit the base, or two do not fit each other.
+    """
+    to_owner = _names(owner, base)
     parts: dict[str, list[tuple[int, Update | SquareUpdate]]] = {}
     for place, adapter in enumerate(adapters):
-        for name, update in adapter.modules.parts.items():
+        stored = {name: key for key, name in _names(adapter, base).items()}
+        for module, update in adapter.modules.parts.items():
+            name = to_owner[stored[f"{module}.weight"]].removesuffix(".weight")
             others = parts.setdefault(name, [])
             if others and others[0][1].shape != update.shape:
                 raise UserError(
@@ -97,6 +109,12 @@ def combined(
     several = {name: Several(name, tuple(updates), chosen) for name, updates in parts.items()}
     modules: Lazy[Any, Any] = Lazy(several, _read)
     return replace(owner, kind="LORA", modules=modules)
+
+
+def _names(adapter: AdapterFile, base: Base) -> dict[str, str]:
+    """The base's tensors: name in its files → name in the adapter's model."""
+    wanted = [f"{module}.weight" for module in adapter.modules]
+    return model_names(base.entries, wanted, adapter.prefix, str(base.folder))
 
 
 def _read(several: Several) -> Deltas:

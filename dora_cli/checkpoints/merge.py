@@ -24,7 +24,7 @@ import torch
 from dora_cli.checkpoints.adapter_file import AdapterFile, read_adapter
 from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text, sweep
 from dora_cli.checkpoints.base_folder import CONFIG, INDEX, SINGLE, copy_small_files, open_base, resolve_base
-from dora_cli.checkpoints.combine import combination, combined
+from dora_cli.checkpoints.combine import combination, combined, leading
 from dora_cli.checkpoints.deltas import Combination
 from dora_cli.checkpoints.manifest import verify_if_listed, write_manifest
 from dora_cli.checkpoints.merge_plan import plan_merge
@@ -60,6 +60,7 @@ class MergeReport:
         dtypes: of the written weights, by torch's names.
         base_name: the base as it was named.
         adapters: the adapters, one or several.
+        owner: the one among them that head, tokens and task are of.
         combination: how several were combined; null for one as it is.
     """
 
@@ -78,6 +79,7 @@ class MergeReport:
     dtypes: tuple[str, ...] = ()
     base_name: str = ""
     adapters: tuple[Path, ...] = ()
+    owner: Path = Path()
     combination: Combination | None = None
 
 
@@ -133,7 +135,7 @@ def merge(
     adapter, chosen = adapters[0], None
     if len(names) > 1 or any(option is not None for option in (combine, weights, density, seed, heads_from)):
         chosen = combination(combine, weights, density, seed, len(names))
-        adapter = combined(adapters, names, chosen, base=base, heads_from=heads_from)
+        adapter = leading(adapters, names, base=base, heads_from=heads_from)
     packed = packed_base(adapter, base_weights)
     name = base or adapter.base_name
     if not name:
@@ -143,6 +145,8 @@ def merge(
     model = open_base(base_folder)
     for each in adapters:
         require_family(each, model)
+    if chosen:
+        adapter = combined(adapters, adapter, chosen, model)
 
     pieces, left_out = plan_merge(adapter, model, OUTPUT_DTYPES[dtype], packed)
     head_shapes = {name: entry.shape for name, entry in adapter.head.parts.items()}
@@ -168,6 +172,7 @@ def merge(
         dtypes=tuple(sorted({DTYPE_NAMES[piece.dtype] for piece in pieces if piece.dtype in DTYPE_NAMES})),
         base_name=name,
         adapters=tuple(each.folder for each in adapters),
+        owner=adapter.folder,
         combination=chosen,
     )
     with atomic_folder(out, replace=replace) as folder:

@@ -23,6 +23,7 @@ from dora_cli.checkpoints.safetensors_io import (
     write_from,
 )
 from dora_cli.checkpoints.token_rows import TokenUpdate
+from dora_cli.errors import UserError
 
 BLOCK = 1 << 18  # numbers per block: read, widened and written, it stays in a core's cache
 
@@ -65,7 +66,11 @@ class Piece:
 
 
 def write_piece(piece: Piece, out: Path, start: int) -> None:
-    """Write the bytes of one tensor into ``out`` from byte ``start`` on."""
+    """Write the bytes of one tensor into ``out`` from byte ``start`` on.
+
+    Raises:
+        UserError: what was computed, or is written in a narrower type than it had, is not finite there.
+    """
     with descriptor(out, os.O_WRONLY) as target:
         if piece.update or piece.repacked or piece.checked or piece.dtype != piece.source.dtype:
             blocks = _blocks(piece)
@@ -79,7 +84,9 @@ def write_piece(piece: Piece, out: Path, start: int) -> None:
 
 def _write_rows(tokens: TokenUpdate, dtype: torch.dtype, target: int, start: int) -> None:
     rows = read_tensor(tokens.rows)  # a few
-    for number, row in zip(tokens.ids, rows.to(dtype), strict=True):
+    rounded = rows.to(dtype)
+    _refuse_lost(rows, rounded, tokens.name)
+    for number, row in zip(tokens.ids, rounded, strict=True):
         written = row.contiguous().view(torch.uint8).numpy()
         write_from(target, start + number * written.nbytes, memoryview(written))
 
@@ -98,7 +105,9 @@ def _blocks(piece: Piece) -> Blocks:
 
 
 def _stream(piece: Piece, blocks: Blocks, change: Change, target: int, start: int) -> None:
-    dtype = DTYPES[piece.dtype]
+    dtype, stored = DTYPES[piece.dtype], DTYPES[piece.source.dtype]
+    computed = piece.update is not None or piece.repacked is not None
+    narrowed = dtype != stored and torch.finfo(dtype).max < torch.finfo(stored).max
     written = bytearray(_block_rows(piece.source) * _row_length(piece.source) * dtype.itemsize)
     place = torch.frombuffer(written, dtype=dtype) if written else torch.empty(0, dtype=dtype)
 
@@ -106,11 +115,39 @@ def _stream(piece: Piece, blocks: Blocks, change: Change, target: int, start: in
         if piece.checked:
             require_finite(block, piece.source)
         changed = change(block, rows)
-        place[: changed.numel()].copy_(changed.view(-1))  # rounds to nearest, once
+        rounded = place[: changed.numel()].copy_(changed.view(-1))  # to nearest, once
+        if (computed or narrowed) and not _are_finite(rounded):
+            _refuse_lost(changed.reshape(-1), rounded, piece.name)
+            if computed:
+                raise UserError(
+                    f"'{piece.name}' would hold numbers that are not finite",
+                    hint="use smaller weights; without any, it is the base's or the adapter's that are too large",
+                )
         begin = start + rows.start * _row_length(piece.source) * dtype.itemsize
         write_from(target, begin, memoryview(written)[: changed.numel() * dtype.itemsize])
 
     blocks(write)
+
+
+def _are_finite(numbers: Tensor) -> bool:
+    """By the smallest and the largest, where a NaN is both: a tenth of the time of looking at each."""
+    return bool(torch.stack(torch.aminmax(numbers)).isfinite().all())
+
+
+def _refuse_lost(numbers: Tensor, rounded: Tensor, name: str) -> None:
+    """Refuse finite numbers that the type to write can't hold.
+
+    Raises:
+        UserError: naming the tensor and its largest number.
+    """
+    lost = numbers[numbers.isfinite() & ~rounded.isfinite()]
+    if lost.numel():
+        kind = str(rounded.dtype).removeprefix("torch.")
+        raise UserError(
+            f"'{name}' has numbers too large for {kind}",
+            where=f"{float(lost.abs().max()):.5g}, and {kind} ends at {torch.finfo(rounded.dtype).max:.5g}",
+            hint="use bfloat16, or smaller weights where adapters are combined",
+        )
 
 
 def _merging(source: Entry, blocks: Blocks, update: LowRank | Square | Deltas) -> Change:

@@ -35,7 +35,7 @@ def merge(argv: list[str]) -> int:
     from dora_cli.cli.publish_run import merge_card, require_hub, upload
 
     if repository:
-        require_hub(repository)
+        repository = require_hub(repository, private)
     checkpoint, out = options.pop("checkpoint"), options.pop("out")
     report = merge_files(checkpoint, out, card=lambda done: merge_card(done, repository), **options)
     print(describe(report))

@@ -14,9 +14,11 @@ from dora_cli.cli import run_folder
 from dora_cli.cli.run import FAILURE, print_error
 from dora_cli.config.record import recipe_of, words_of
 from dora_cli.errors import UserError
-from dora_cli.reporting.card import NAME, Facts, adapter_card, merged_card
+from dora_cli.reporting.card import NAME, PLACEHOLDER, Facts, adapter_card, merged_card
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
     from dora_cli.checkpoints.merge import MergeReport
     from dora_cli.training.setup import Composed
 
@@ -33,14 +35,19 @@ def write_run_cards(composed: "Composed", summary: Mapping[str, Any], out: Path)
 
 
 def merge_card(report: "MergeReport", repository: str | None) -> str:
-    """The card of a merged model, from the run that its adapter is of where it lies in one."""
-    folder, base = report.adapters[0], {"base_model_name_or_path": report.base_name}
+    """The card of a merged model, from the run that its adapter is of where it lies in one.
+
+    Of several adapters, task and class are those of the one that gives the head, and the data is everyone's.
+    """
+    folder, base = report.owner, {"base_model_name_or_path": report.base_name}
     summary, run, words = _of_run(folder.parent)
     if report.combination:
         c = report.combination
         rest = "" if c.how == "linear" else f", density {c.density:g}"
         made_of = [f"combined by `{c.how}` with the weights {', '.join(f'{w:g}' for w in c.weights)}{rest}"]
-        facts = Facts(base, run={key: run[key] for key in ("data", "model") if key in run}, repository=repository)
+        run = {key: run[key] for key in ("data", "model") if key in run}
+        others = [_of_run(adapter.parent)[1] for adapter in report.adapters]
+        facts = Facts(base, run=run, others=others, repository=repository)
     else:
         made_of, facts = [], Facts(base, _method(folder), summary, run, words, repository=repository)
     return merged_card(facts, made_of)
@@ -82,14 +89,18 @@ def _write(folder: Path, text: str) -> None:
     atomic_write_text(folder / NAME, text)
 
 
-def require_hub(repository: str, *, offline: bool = False) -> None:
+def require_hub(repository: str, private: bool | None, *, offline: bool = False) -> str:
     """Refuse, before anything is done, an upload that can't succeed.
 
+    Returns:
+        The repository's full name, ``OWNER/NAME``.
+
     Raises:
-        UserError: no name, the network is not to be used, there is no token, or the hub does not take it.
+        UserError: no name, the network is not to be used, there is no token, the hub does not take it, or the
+            repository is there and shows itself to others than ``private`` says.
     """
     from huggingface_hub import HfApi, get_token, is_offline_mode
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     asked = f"push_to_hub={repository}"
@@ -103,30 +114,57 @@ def require_hub(repository: str, *, offline: bool = False) -> None:
     login = "hf auth login, or set HF_TOKEN, with a token that may write"
     if get_token() is None:
         raise UserError(f"{asked}: there is no token for the hub", hint=login)
+    api = HfApi()
     try:
-        HfApi().whoami()
+        owner = api.whoami()["name"]
+        full = repository if "/" in repository else f"{owner}/{repository}"
+        _require_visibility(api, full, private)
+    except RepositoryNotFoundError:  # it will be made
+        pass
+    except UserError:
+        raise
     except Exception as error:  # refused, or no network: httpx's own errors and the hub's
         raise UserError(
             f"{asked}: the hub does not answer to this token", where=_first_line(error), hint=login
         ) from None
+    return full
+
+
+def _require_visibility(api: "HfApi", repository: str, private: bool | None) -> None:
+    """Refuse a repository that is not as private as it should be: who uploads to one that is there can't change that.
+
+    Raises:
+        UserError: naming it. Whatever the hub says where there is none, or no answer.
+    """
+    if private is not None and bool(api.repo_info(repository).private) != private:
+        raise UserError(
+            f"hub.private={str(private).lower()}, and {repository} is {'public' if private else 'private'} already",
+            hint="change that in its settings on the hub, leave hub.private out, or name another repository",
+        )
 
 
 def upload(folder: Path, repository: str, private: bool | None) -> int:
     """Upload a folder to the hub, where a repository is made if there is none. Returns the exit code.
 
-    A failure is a message, never an exception: what was saved is not touched.
+    A card that was written before the repository's name was known gets it. A failure is a message, never an
+    exception: what was saved is not touched.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
+        _require_visibility(api, url.repo_id, private)
+        _name_in_card(folder / NAME, url.repo_id)
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,
             commit_message="Upload by dora_cli",
             ignore_patterns=[".*", *NOT_UPLOADED],
         )
+    except UserError as error:
+        print_error(f"{folder} was not uploaded; it is saved", error.message, error.hint)
+        return FAILURE
     except Exception as error:  # whatever it is, all is saved
         flags = [*(f"--exclude {name}" for name in NOT_UPLOADED), *(["--private"] if private else [])]
         later = f"hf upload {repository} {folder} . {' '.join(flags)}"
@@ -137,6 +175,12 @@ def upload(folder: Path, repository: str, private: bool | None) -> int:
     if isinstance(base, str) and Path(base).is_dir():
         print(f"its {CONFIG} names the base by a folder of this machine, {base}: others have to name their own")
     return 0
+
+
+def _name_in_card(card: Path, repository: str) -> None:
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if PLACEHOLDER in text:
+        atomic_write_text(card, text.replace(PLACEHOLDER, repository))
 
 
 def _first_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from dora_cli.errors import UserError
 
 COMMAND = [sys.executable, "-m", "dora_cli.cli.train"]
 LONGEST_NAME = 150  # file systems take 255 bytes
+UPLOAD = "push_to_hub"
 LOGS = ".sweep"  # in the sweep's folder: what jobs say that do not speak in this terminal
 
 
@@ -69,11 +70,6 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
     from dora_cli.config.launching import take
 
     launching, overrides = take(overrides)
-    if any(word.startswith("push_to_hub=") for word in overrides):
-        raise UserError(
-            "push_to_hub is for one run: the jobs of -m would go into one repository, over each other",
-            hint="upload the one you choose: dora-train recipe=… out=ITS_FOLDER resume=true push_to_hub=NAME",
-        )
     if launching.search is not None:
         require("optuna", "hydra/sweeper=optuna")
         ranges = read(overrides, config_dirs, search=True)
@@ -196,7 +192,7 @@ def read(overrides: Sequence[str], config_dirs: Sequence[str] = (), *, search: b
         search: whether intervals may stand for values.
 
     Raises:
-        UserError: nothing to sweep over, several sweeps of ``out``, a mistyped name.
+        UserError: nothing to sweep over, several sweeps of ``out``, a mistyped name, an upload.
     """
     from dora_cli.cli.part_keys import part_keys
     from dora_cli.config.check import Key, check_range, check_type, find_key, known_keys
@@ -217,7 +213,11 @@ def read(overrides: Sequence[str], config_dirs: Sequence[str] = (), *, search: b
         for name in _listed(group, axes[group]):
             check_choice(group, name, folders)
     for recipe in recipes:
-        for key, leaf in Layer("", "", find_recipe(recipe, folders).source).sweep().items():
+        layer = Layer("", "", find_recipe(recipe, folders).source)
+        said = {leaf.key: leaf for leaf in layer.leaves()}.get(UPLOAD)
+        if said and said.value is not None and UPLOAD not in fixed:
+            raise _no_upload(said.where)
+        for key, leaf in layer.sweep().items():
             if key in fixed or key in axes:
                 continue
             if len(recipes) > 1:
@@ -230,6 +230,9 @@ def read(overrides: Sequence[str], config_dirs: Sequence[str] = (), *, search: b
     for key in (*fixed, *axes):
         if key not in GROUPS and key.split(".")[0] not in PART_GROUPS:
             find_key(key, documented)
+    if UPLOAD in axes or fixed.get(UPLOAD, "null").lower() != "null":
+        raise _no_upload()
+    shared.append(f"{UPLOAD}=null")  # whatever files the jobs are made up of
     for key, values in axes.items():
         if isinstance(values, Interval) and key in keys:
             for end in (values.low, values.high):
@@ -241,6 +244,15 @@ def read(overrides: Sequence[str], config_dirs: Sequence[str] = (), *, search: b
     name = find_recipe(recipes[0], folders).name if len(recipes) == 1 else ""
     parent = Path(expanduser(parents[-1])) if parents else Path("runs", name, "sweep-" + "-".join(axes))
     return Ranges(shared, axes, parent)
+
+
+def _no_upload(where: str | None = None) -> UserError:
+    later = "upload the one you choose: dora-train recipe=… out=ITS_FOLDER resume=true push_to_hub=NAME"
+    return UserError(
+        "push_to_hub is for one run: the jobs of -m would go into one repository, over each other",
+        where=where,
+        hint=f"add push_to_hub=null\n{later}" if where else later,
+    )
 
 
 def _listed(group: str, values: Any) -> list[str]:

@@ -64,7 +64,8 @@ def run(composed: Composed, world: World = ALONE, built: Callable[[Session], obj
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if config.push_to_hub:
-        world.on_main(lambda: require_hub(str(config.push_to_hub), offline=config.offline))
+        name, private = config.push_to_hub, config.hub.private
+        config.push_to_hub = world.on_main(lambda: require_hub(name, private, offline=config.offline))
     world.on_main(lambda: check_trackers(tracked(config.track), offline=config.offline))
     if config.dry_run:
         session = _ready(composed, None, world)

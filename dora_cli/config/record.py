@@ -28,7 +28,7 @@ def write(recipe: str, chosen: Mapping[str, str], values: Mapping[str, Any], wor
     text = OmegaConf.to_yaml(OmegaConf.create(_literal({"defaults": defaults, **body})))
     comments = ["#   dora-train recipe=THIS_FILE out=NEW      repeats it", f"#   recipe: {recipe}"]
     once = ("resume", "overwrite", "dry_run", "push_to_hub", "hub.private")
-    lasting = [word for word in words if word.partition("=")[0] not in once]
+    lasting = [word for word in words if _key(word) not in once]
     if words:
         comments.append("#   command: " + " ".join(shlex.join(["dora-train", *lasting]).split()))
     return "\n".join([HEADER, TITLE, *comments, text])
@@ -43,13 +43,17 @@ def recipe_of(text: str) -> str | None:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of the command that such a file notes, without flags and what speaks of one start alone."""
+    """The words of the command that such a file notes, without what speaks of one start; a flag with its value."""
     match = re.search(r"^#   command: dora-train (.*)$", text, re.MULTILINE)
     try:
-        words = shlex.split(match[1]) if match else []
+        words = shlex.split(match[1].replace("--config-dir ", "--config-dir=")) if match else []
     except ValueError:  # somebody wrote into it
         return []
-    return [word for word in words if "=" in word and word.partition("=")[0] not in NOT_REPEATED]
+    return [word for word in words if "=" in word and _key(word) not in NOT_REPEATED]
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
 
 
 def _literal(value: Any) -> Any:

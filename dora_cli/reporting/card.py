@@ -5,12 +5,15 @@ is called just that.
 """
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 NAME = "README.md"
+PLACEHOLDER = "NAME_OR_FOLDER"  # until it has a name on the hub
+NEW_TOKENS = "trainable_token_indices"  # PEFT's setting
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 # kind of task → what the hub calls it, and transformers' class
@@ -24,6 +27,7 @@ TASKS = {
     "clm": ("text-generation", "AutoModelForCausalLM"),
     "summarization": ("summarization", "AutoModelForSeq2SeqLM"),
 }
+SEPARATOR = r"[/\\]"  # of paths
 NO_TASK = (None, "AutoModel")
 
 
@@ -39,6 +43,7 @@ class Facts:
         words: the overrides that the run was started with.
         max_lora_rank: what a server of adapters has to be told; null where none takes it.
         repository: the name on the hub.
+        others: ``config.yaml`` of the runs whose adapters were combined with it.
     """
 
     adapter: Mapping[str, Any]
@@ -48,6 +53,7 @@ class Facts:
     words: Sequence[str] = ()
     max_lora_rank: int | None = None
     repository: str | None = None
+    others: Sequence[Mapping[str, Any]] = ()
 
     @property
     def base(self) -> str | None:
@@ -63,8 +69,12 @@ class Facts:
 
     @property
     def dataset(self) -> str | None:
-        data = self.run.get("data") or {}
-        return None if data.get("path") else _on_hub(data.get("name"))
+        return _dataset(self.run)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Of all runs, each once."""
+        return list(dict.fromkeys(name for run in (self.run, *self.others) if (name := _dataset(run))))
 
     @property
     def task(self) -> tuple[str | None, str]:
@@ -102,7 +112,7 @@ def merged_card(facts: Facts, made_of: Sequence[str] = ()) -> str:
     lines = [f"# {facts.title}", "", f"{what} merged by dora_cli into the weights of {facts.base_words}.", ""]
     lines += [*(f"- {line}" for line in made_of), *([""] if made_of else [])]
     lines += [*_budget(facts.summary), *_metrics(facts.metrics)]
-    name, loader = facts.repository or "NAME_OR_FOLDER", facts.task[1]
+    name, loader = facts.repository or PLACEHOLDER, facts.task[1]
     load = f'model = {loader}.from_pretrained("{name}")'
     lines += ["## Use", "", *_python(f"from transformers import {loader}", "", load), *_repeat(facts)]
     return _header(facts, "transformers", "finetune") + "\n".join(lines)
@@ -130,7 +140,7 @@ def _header(facts: Facts, library: str, relation: str) -> str:
     data = ModelCardData(
         base_model=facts.base,
         base_model_relation=relation if facts.base else None,
-        datasets=[facts.dataset] if facts.dataset else None,
+        datasets=facts.datasets or None,
         library_name=library,
         pipeline_tag=kind,
         tags=["dora_cli", "lora", *([str(method)] if method else [])],
@@ -180,17 +190,25 @@ def _shown(values: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 def _loading(facts: Facts) -> list[str]:
     """How to load it, where more than dora_cli can."""
-    name, base, loader = facts.repository or "NAME_OR_FOLDER", facts.base or "BASE", facts.task[1]
+    name, base, loader = facts.repository or PLACEHOLDER, facts.base or "BASE", facts.task[1]
     if facts.adapter.get("peft_type") != "LORA":
         text = f"`dora-merge checkpoint=FOLDER base={base} out=MERGED` makes a transformers model of it."
         return ["## Use", "", text, ""]
     names = (facts.method.get("model_config") or {}).get("id2label")
     labels = f", num_labels={len(names)}" if names and loader.endswith("Classification") else ""
-    load = f'model = {loader}.from_pretrained("{base}"{labels})'
+    load = [f'model = {loader}.from_pretrained("{base}"{labels})']
+    classes = loader
+    if facts.adapter.get(NEW_TOKENS):
+        classes = f"{loader}, AutoTokenizer"
+        load += [
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            "if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # room for its new tokens",
+            "    model.resize_token_embeddings(len(tokenizer))",
+        ]
+    begin = [f"from transformers import {classes}", "", *load]
     lines = ["## Use", "", "In PEFT:", ""]
-    lines += _python("from peft import PeftModel", f"from transformers import {loader}", "", load,
-                     f'model = PeftModel.from_pretrained(model, "{name}")')  # fmt: skip
-    lines += ["In transformers, with PEFT installed:", "", *_python(load, f'model.load_adapter("{name}")')]
+    lines += _python("from peft import PeftModel", *begin, f'model = PeftModel.from_pretrained(model, "{name}")')
+    lines += ["In transformers, with PEFT installed:", "", *_python(*begin, f'model.load_adapter("{name}")')]
     if facts.max_lora_rank and facts.task[0] == "text-generation":
         serve = f"vllm serve {base} --enable-lora --max-lora-rank {facts.max_lora_rank} --lora-modules mine={name}"
         lines += ["In vLLM:", "", "```bash", serve, "```", ""]
@@ -200,22 +218,38 @@ def _loading(facts: Facts) -> list[str]:
 def _repeat(facts: Facts) -> list[str]:
     lines: list[str] = []
     if facts.words:
-        lines += ["## Repeat it", "", "```bash", f"dora-train {' '.join(map(_without_paths, facts.words))}", "```", ""]
+        words = (_without_paths(word, facts.base) for word in facts.words)
+        lines += ["## Repeat it", "", "```bash", f"dora-train {' '.join(words)}", "```", ""]
     if versions := facts.summary.get("versions"):
         told = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "machine")
         lines += [f"Made with {told}.", ""]
     return lines
 
 
-def _without_paths(word: str) -> str:
-    """An override for the eyes of others: what lies in folders here is left to the reader."""
+def _without_paths(word: str, base: str | None) -> str:
+    """A word of the command for the eyes of others: what lies in folders here is left to the reader.
+
+    Args:
+        base: the base's name on the hub; null where the run had it from a folder, whatever it was called.
+    """
+    word = word.lstrip("+")  # Hydra's, which change nothing here
     key, _, value = word.partition("=")
     if key == "recipe":
-        return f"recipe={value.rpartition('/')[2]}"
-    here = "/" in value or value.startswith("~")
-    if here and not value.startswith("package://") and not (key.endswith(".name") and _on_hub(value)):
-        return f"{key}=…"
-    return f"'{word}'" if re.search(r"[\s\[\]{}*?$;&|<>()]", word) else word
+        return shlex.quote(f"recipe={re.split(SEPARATOR, value)[-1]}")
+    if value.startswith("package://"):
+        here = False
+    elif key == "model.name":
+        here = value != base
+    else:
+        path = re.search(SEPARATOR, value) or value.startswith("~") or key == "--config-dir"
+        here = bool(path) and not (key == "data.name" and _on_hub(value))
+    return f"{key}=…" if here else shlex.quote(word)
+
+
+def _dataset(run: Mapping[str, Any]) -> str | None:
+    """The name on the hub of what a run was trained on."""
+    data = run.get("data") or {}
+    return None if data.get("path") else _on_hub(data.get("name"))
 
 
 def _on_hub(name: Any) -> str | None:

@@ -18,6 +18,7 @@ from dora_cli.checkpoints.adapter_format import LowRank, Square, WeightDecompose
 from dora_cli.checkpoints.deltas import Combination, Deltas, delta_rows, smallest_kept
 from dora_cli.checkpoints.merge import merge
 from dora_cli.cli.merge import main
+from dora_cli.config import record
 from dora_cli.errors import UserError
 
 MakeCase = Callable[..., Any]  # tests/checkpoints/conftest.py
@@ -195,6 +196,9 @@ def test_the_command_says_what_was_combined(two: Any, tmp_path: Path, capsys: py
         (["combine=linear", "weights=[1]"], "1 weights for 2 adapters"),
         (["combine=linear", "weights=[1,x]"], "'x' is no number"),
         (["combine=linear", "weights=[1,nan]"], "finite"),
+        (["combine=linear", "weights=[1,1e39]"], "finite numbers of float32"),
+        (["combine=linear", "weights=[1,1e10]", "dtype=float16"], "too large for float16"),
+        (["combine=ties", "weights=[3e38,3e38]"], "would hold numbers that are not finite"),
         (["combine=linear", "density=0.5"], "no meaning with combine=linear"),
         (["combine=ties", "seed=1"], "draws nothing"),
         (["combine=ties", "density=0"], "no share of elements"),
@@ -238,3 +242,30 @@ def test_one_adapter_may_be_weighed(two: Any, tmp_path: Path) -> None:
     for update in two.updates:
         expected = before[f"{update.name}.weight"] + 0.5 * delta_rows(update)(slice(None))
         torch.testing.assert_close(after[f"{update.name}.weight"], expected, **CLOSE)
+
+
+def test_a_body_and_a_model_name_the_same_modules(make_case: MakeCase, tmp_path: Path) -> None:
+    case = make_case("bert")  # saved from the bare body: PEFT's adapters of that have its names, ours a prefix more
+    case.write(tmp_path / "ours")
+    bare = [replace(update, name=update.name.removeprefix("bert.")) for update in case.updates]
+    options: dict[str, Any] = {"head": {}, "head_modules": [], "task_type": None, "method": {}}
+    case.write(tmp_path / "theirs", modules=bare, **options)
+    for order in (["ours", "theirs"], ["theirs", "ours"]):
+        merge([tmp_path / name for name in order], tmp_path / order[0] / "out", combine="linear", weights=[0.25, 0.75])
+        model = case.load_merged(tmp_path / order[0] / "out")
+        torch.testing.assert_close(case.logits(model), case.logits(case.dense()), rtol=0, atol=1e-5)
+
+
+def test_the_card_has_the_task_of_the_one_with_the_head_and_the_data_of_all(
+    two: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, data, task in (("e", "org/texts", "clm"), ("c", "org/labels", "classification")):
+        two.write(tmp_path / name / "adapter", **({"head": {}, "head_modules": []} if name == "e" else {}))
+        text = record.write("x", {}, {"data": {"name": data, "path": None, "task": task}})
+        (tmp_path / name / "config.yaml").write_text(text)
+        (tmp_path / name / "summary.json").write_text("{}")
+    both = f"checkpoint=[{tmp_path / 'e'},{tmp_path / 'c'}]"
+    assert main([both, f"out={tmp_path / 'out'}", "combine=linear"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained" in card and "pipeline_tag: text-classification" in card
+    assert "datasets:\n- org/labels\n- org/texts\n" in card

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dora_cli.checkpoints.adapter_format import LowRank, write_adapter, write_full
 from dora_cli.checkpoints.merge import merge, parse_size
@@ -74,6 +74,22 @@ def test_numbers_that_are_not_finite_leave_no_folder(make_case: MakeCase, tmp_pa
     with pytest.raises(UserError, match=r"classifier\.\w+' holds numbers that are not finite"):
         merge(tmp_path / "adapter", tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+
+
+def test_what_a_narrower_type_cannot_hold_is_refused(make_case: MakeCase, tmp_path: Path) -> None:
+    case = make_case("bert")
+    file = case.base / "model.safetensors"
+    tensors = load_file(file)
+    tensors["embeddings.word_embeddings.weight"][3, 5] = -65530.0
+    tensors["mask"] = torch.tensor([0.0, float("-inf")])  # means what it says, in any type
+    save_file(tensors, file)
+    case.write(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"word_embeddings\.weight' has numbers too large for float16\n  65530, and"):
+        merge(tmp_path / "adapter", tmp_path / "out", dtype="float16")
+    tensors["embeddings.word_embeddings.weight"][3, 5] = -65510.0  # rounds to the last one, 65504
+    save_file(tensors, file)
+    merge(tmp_path / "adapter", tmp_path / "out", dtype="float16")
+    merge(tmp_path / "adapter", tmp_path / "kept")
 
 
 def test_a_folder_that_holds_something_is_refused(make_case: MakeCase, tmp_path: Path) -> None:

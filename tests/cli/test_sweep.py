@@ -15,6 +15,8 @@ from dora_cli.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
+NO_UPLOAD = "push_to_hub is for one run: the jobs of -m would go into one repository, over each other"
+
 pytestmark = pytest.mark.usefixtures("stand_in")
 
 
@@ -30,6 +32,7 @@ def test_jobs_are_all_combinations_in_order():
     assert jobs[0].overrides == [
         "recipe=glue_sst2",
         "train.epochs=1",
+        "push_to_hub=null",
         "budget=0.1",
         "seed=1",
         "out=runs/glue_sst2/sweep-budget-seed/budget=0.1,seed=1",
@@ -74,6 +77,8 @@ def test_a_recipe_may_bring_its_ranges_and_the_command_line_wins():
         (["recipe=glue_sst2", "shedule.start=0.1,0.2"], "unknown key 'shedule.start'"),
         (["recipe=glue_sst2", "seed=1,1"], "two jobs of this sweep would share a folder"),
         (["recipe=glue_sst2", "toy", "seed=1,2"], "'toy' is not key=value"),
+        (["recipe=glue_sst2", "++push_to_hub=me/x", "seed=1,2"], NO_UPLOAD),
+        (["recipe=glue_sst2", "push_to_hub=me,you"], NO_UPLOAD),
     ],
 )
 def test_mistakes_are_said_before_any_job_starts(overrides, message):
@@ -81,6 +86,15 @@ def test_mistakes_are_said_before_any_job_starts(overrides, message):
         sweeps.sweep(overrides)
     assert caught.value.message == message
     assert os.listdir() in ([], ["mine.yaml"])
+
+
+def test_a_recipe_that_uploads_is_refused_or_told_not_to():
+    Path("mine.yaml").write_text("# @package _global_\npush_to_hub: me/x\n")
+    with pytest.raises(UserError, match="is for one run") as caught:
+        sweeps.plan(["recipe=mine.yaml", "seed=1,2"])
+    assert str(caught.value.where).endswith("mine.yaml, line 2")
+    jobs = sweeps.plan(["recipe=mine.yaml", "push_to_hub=null", "seed=1,2"])
+    assert all("push_to_hub=null" in job.overrides for job in jobs)
 
 
 def test_a_failed_job_does_not_end_the_sweep_and_the_worst_code_is_returned(capfd):
