@@ -49,7 +49,7 @@ def search(ranges: Ranges, launching: Launching, runner: Runner) -> list[Result]
         ]
         done = runner.run(jobs, first + 1, asked.n_trials)
         for i, (trial, result) in enumerate(zip(trials, done, strict=True)):
-            score = main_result(result.job.out) if result.code == 0 else None
+            score = main_result(result.job.out) if result.ran else None
             if score is None:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 continue

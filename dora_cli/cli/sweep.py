@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from os.path import expanduser
 from pathlib import Path
@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from dora_cli.cli.launchers import Command, Launcher, build_launcher, require, with_processes
-from dora_cli.cli.resweep import is_finished, is_interrupted
+from dora_cli.cli.resweep import Action, action
 from dora_cli.cli.run import FAILURE, INTERRUPTED, TERMINATED, USER_MISTAKE, print_error
 from dora_cli.cli.run_folder import SUMMARY
 from dora_cli.errors import UserError
@@ -41,6 +41,12 @@ class Result:
     job: Job
     code: int | None
     metric: str
+    action: Action = "start"
+
+    @property
+    def ran(self) -> bool:
+        """Whether what lies in the job's folder is its result: it succeeded, and did more than to say its plan."""
+        return self.code == 0 and self.action != "plan"
 
 
 @dataclass(frozen=True)
@@ -114,16 +120,16 @@ class Runner:
         titles = [f"sweep: job {first + i} of {of or len(jobs)}: {job.name}" for i, job in enumerate(jobs)]
         results = [self._before(job, title) for job, title in zip(jobs, titles, strict=True)]
         left = [index for index, result in enumerate(results) if result.code is None]
-        commands = [self._command(jobs[index]) for index in left]
+        commands = [self._command(results[index]) for index in left]
 
         def begun(position: int) -> None:
             log = commands[position].log
             print(titles[left[position]] + (f"  (see {log})" if log else ""), flush=True)
 
         for position, code in self._launcher.run(commands, begun):
-            job = jobs[left[position]]
-            metric = main_metric(job.out) if code == 0 else ""
-            results[left[position]] = Result(job, code, metric)
+            result = replace(results[left[position]], code=code)
+            job, metric = result.job, main_metric(result.job.out) if result.ran else ""
+            results[left[position]] = replace(result, metric=metric)
             if not self._launcher.shows and code is not None:
                 lines = [f"sweep: {job.name} ended: {metric or code}", *_last_words(commands[position], code)]
                 print("\n  ".join(lines), flush=True)
@@ -147,17 +153,19 @@ class Runner:
     def _before(self, job: Job, title: str) -> Result:
         """What there is to say of a job without running it: its result where it is finished, else no code."""
         try:
-            if is_finished(job.out, job.overrides, self._config_dirs):
-                print(f"{title}: finished before", flush=True)
-                return Result(job, 0, main_metric(job.out))
+            found = action(job.out, job.overrides, self._config_dirs)
         except UserError as error:
             print(title, flush=True)
             print_error(error.message, error.where, error.hint)
             return Result(job, USER_MISTAKE, "")
-        return Result(job, None, "")
+        if found == "skip":
+            print(f"{title}: finished before", flush=True)
+            return Result(job, 0, main_metric(job.out), found)
+        return Result(job, None, "", found)
 
-    def _command(self, job: Job) -> Command:
-        more = ["resume=true"] if is_interrupted(job.out, job.overrides) else []
+    def _command(self, result: Result) -> Command:
+        job = result.job
+        more = ["resume=true"] if result.action == "resume" else []
         flags = [word for folder in self._config_dirs for word in ("--config-dir", folder)]
         words = with_processes([*COMMAND, *job.overrides, *more, *flags], self._options)
         return Command(words, "" if self._launcher.shows else str(job.out.parent / LOGS / f"{job.out.name}.log"))
@@ -292,7 +300,7 @@ def ending(results: Sequence[Result]) -> list[str]:
 
     Where there is nothing to compare, or that fails, a line a job: a sweep is not worse for it.
     """
-    finished = [result.job.out for result in results if result.code == 0 and (result.job.out / SUMMARY).exists()]
+    finished = [result.job.out for result in results if result.ran and (result.job.out / SUMMARY).exists()]
     failed = [result for result in results if result.code != 0]
     if not finished:
         return table(results)

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,8 +28,10 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """In an empty folder, jobs of sweeps run this text instead of training; their words are their configuration."""
     from dora_cli.cli import resweep, sweep
 
-    def configuration(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> str:
-        return json.dumps(dict(word.split("=", 1) for word in overrides))
+    def configuration(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> SimpleNamespace:
+        given = dict(word.split("=", 1) for word in overrides)
+        config = SimpleNamespace(dry_run="dry_run" in given, overwrite=given.get("overwrite") == "true")
+        return SimpleNamespace(config=config, origin=given, yaml=json.dumps(given))
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(resweep, "configuration", configuration)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from dora_cli.cli import resweep
 from dora_cli.cli import sweep as sweeps
+from dora_cli.cli.resweep import configuration
+from dora_cli.config.recipes import choices, recipes_dir
 from dora_cli.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +130,28 @@ def test_the_same_command_again_skips_what_is_finished_and_goes_on_with_the_rest
     assert Path("s/seed=1/summary.json").stat().st_mtime_ns == before
     assert sweeps.sweep([*words, "overwrite=true"]) == 1
     assert capfd.readouterr().out.count("job says") == 4
+    assert sweeps.sweep(["recipe=glue_sst2", "seed=1,4", "out=s", "dry_run=true"]) == 0
+    assert capfd.readouterr().out.splitlines()[-3:] == ["seed=1     0", "seed=4     0", "folders: s"]
+
+
+@pytest.mark.parametrize(
+    ("words", "does"),
+    [
+        ([], "resume"),
+        (["++resume=false"], "start"),
+        (["++overwrite=true"], "start"),
+        (["dry_run=json"], "plan"),
+        (["recipe=mine.yaml"], "start"),
+    ],
+)
+def test_what_a_job_does_follows_from_its_whole_configuration(words, does, monkeypatch):
+    monkeypatch.setattr(resweep, "configuration", configuration)
+    source = choices("recipe", [recipes_dir()])["glue_rte"].read_text()
+    Path("mine.yaml").write_text(source + "overwrite: true\n")
+    assert resweep.action(Path("run"), words) == "start", "nothing there, nothing to compose"
+    Path("run").mkdir()
+    Path("run/config.yaml").touch()  # interrupted
+    assert resweep.action(Path("run"), ["recipe=glue_rte", *words]) == does
 
 
 def test_a_finished_run_of_another_configuration_is_an_error_of_its_job_and_stays(capfd):
