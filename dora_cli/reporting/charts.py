@@ -105,12 +105,16 @@ def write_png(chart: Chart, path: Path) -> None:
     partial.replace(path)
 
 
-def shade_window(axes: "Axes", window: tuple[int, int] | None, text: str) -> None:
-    """Shade the steps between the first allocation event and the final choice, and name them below the upper edge."""
+def shade_window(axes: "Axes", window: tuple[int, int] | None, text: str, *, closed: bool) -> None:
+    """Shade the steps from the first allocation event to the last, and name them at the upper edge.
+
+    ``closed``: the last one is the final choice, and gets a line.
+    """
     if window is None:
         return
     axes.axvspan(*window, color=SHADE, linewidth=0, zorder=0)
-    axes.axvline(window[1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    if closed:
+        axes.axvline(window[1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
         text,
         (window[1], 1),

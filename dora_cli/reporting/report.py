@@ -28,6 +28,7 @@ def write_report(run: Run, path: Path) -> None:
         title=run.title,
         run=run,
         tiles=list(_tiles(run)),
+        last_event="the last event so far" if run.summary is None else "the final choice",
         charts=[chart.inline() for chart in charts(run)],
         importance=chart.inline() if (chart := importance_chart(run)) else None,
         standing=_standing(run),
@@ -183,14 +184,15 @@ def importance_chart(run: Run) -> Chart | None:
 
 
 def _steps_axis(axes: "Axes", run: Run) -> None:
+    """The run's steps from left to right, those shaded in which units are chosen."""
     axes.set_xlim(0, max(run.steps, 1))
     plain_numbers(axes, "x")
     axes.set_xlabel("optimizer step")
+    shade_window(axes, run.window, WINDOW, closed=run.summary is not None)
 
 
 def _draw_loss(axes: "Axes", run: Run) -> None:
     _steps_axis(axes, run)
-    shade_window(axes, run.window, WINDOW)
     axes.plot(*run.curve("train", "loss"), color=SERIES[0], linewidth=1.5, label="train")
     for colour, split in zip(SERIES[1:], run.splits, strict=False):
         steps, values = run.curve(split, "loss")
@@ -202,7 +204,6 @@ def _draw_metric(axes: "Axes", run: Run) -> None:
     name = run.main_metric
     assert name is not None
     _steps_axis(axes, run)
-    shade_window(axes, run.window, WINDOW)
     for colour, split in zip(SERIES[1:], run.splits, strict=False):
         steps, values = run.curve(split, name)
         axes.plot(steps, values, color=colour, marker="o", markersize=4, label=split)
@@ -214,7 +215,6 @@ def _draw_metric(axes: "Axes", run: Run) -> None:
 
 def _draw_budget(axes: "Axes", run: Run) -> None:
     _steps_axis(axes, run)
-    shade_window(axes, run.window, WINDOW)
     last = max(run.steps, run.events[-1]["step"])
     by_cost = run.events[-1].get("budget_unit") == "parameters"
     steps = [event["step"] for event in run.events]
