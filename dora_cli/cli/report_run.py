@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os.path import expanduser
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from dora_cli.config.differences import FREE_ON_RESUME
 from dora_cli.errors import UserError
 from dora_cli.reporting.compare import check_baseline, compare
 from dora_cli.reporting.compare_page import INDEX, OURS, write_comparison
-from dora_cli.reporting.compare_tables import caution, text_table
+from dora_cli.reporting.compare_tables import cautions, text_table, wrapped
 from dora_cli.reporting.runs import CONFIG, Run, read_run
 
 COMPARISON = "comparison"  # the folder, where no other is named
@@ -52,16 +52,14 @@ def comparison(runs: Sequence[Run], place: Path, notes: Sequence[str] = (), base
     notes = [*notes, *more]
     with atomic_folder(place, replace=True) as folder:
         write_comparison(folder, settings, notes, references, place)
-    lines = [f"note: {note}" for note in notes]
     if len(settings) > 1:
-        lines.append(f"note: {len(settings)} settings (data and metric), each compared by itself")
+        notes.append(f"{len(settings)} settings (data and metric), each compared by itself")
+    lines = _noted(notes)
     for setting, of_setting in zip(settings, references, strict=True):
-        lines += ["", *text_table(setting, of_setting)]
-        if caution(setting):
-            lines.append(f"note: {caution(setting)}")
+        lines += ["", *text_table(setting, of_setting), *_noted(cautions(setting))]
     to = f"to {baseline}" if baseline else "to the best"
     lines += ["", "* best mean, ~ within one standard deviation of it; ± is that of one run"]
-    lines += [f"difference: {to}, of runs with the same seed", f"page: {place / INDEX}"]
+    lines += [*wrapped(f"difference: {to}, of runs with the same seed"), f"page: {place / INDEX}"]
     return lines
 
 
@@ -151,7 +149,7 @@ def _matches(word: str) -> list[Path]:
 def _runs_in(path: Path) -> Iterator[Path]:
     """The folder itself where it is a run, else the runs below it."""
     if (path / CONFIG).is_file():
-        yield path
+        yield path.resolve() if path.name in ("", "..") else path  # only by its name can one tell the folder it lies in
         return
     for below in sorted(p for p in path.iterdir() if p.is_dir() and not p.is_symlink() and p.name[0] != "."):
         yield from _runs_in(below)
@@ -166,6 +164,10 @@ def _read(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
         except UserError as error:
             notes.append(f"{folder} is left out: {error.message} ({error.where})")
     return runs, notes
+
+
+def _noted(notes: Iterable[str]) -> list[str]:
+    return [line for note in notes for line in wrapped(f"note: {note}")]
 
 
 def _count(number: int, noun: str) -> str:

@@ -56,6 +56,7 @@ class Rows:
         origin: role → the file that its rows came from; ``None`` where there is no single text file.
         source: the data set in words, for messages.
         stream: of train where it is not read as a whole; ``splits["train"]`` is then one of its blocks.
+        held_out: how many training rows validate, drawn by the seed; ``None`` where other rows do.
     """
 
     splits: dict[str, Any]
@@ -63,6 +64,7 @@ class Rows:
     origin: dict[str, Path | None] = field(default_factory=dict)
     source: str = ""
     stream: RowStream | None = None
+    held_out: int | None = None
 
     def where(self, role: str, index: int) -> str:
         """Where row ``index`` of ``splits[role]`` stands in its source: file and line, or split and row."""
@@ -208,6 +210,7 @@ def _hold_out(rows: Rows, source: Source, config: DataChoice, seed: int, file_ro
         )
     order = _shuffled(total, seed)
     rows.splits["validation"] = train.select(np.sort(order[:held]))
+    rows.held_out = held
     rows.origin["validation"] = source.file(name)
     if "train" in rows.splits:
         rows.splits["train"] = train.select(np.sort(order[held:]))

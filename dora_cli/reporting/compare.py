@@ -268,7 +268,7 @@ def _titles(runs: Sequence[Run]) -> list[str]:
         same = [_measure(other) for other, called in zip(runs, plain, strict=True) if called == name]
         ours = _measure(run)
         more = ", ".join(f"{key}={value}" for key, value in ours.items() if any(o[key] != value for o in same))
-        titles.append(f"{name[0]} ({more})" if more else name[0])
+        titles.append(_one_line(f"{name[0]} ({more})" if more else name[0]))
     return titles
 
 
@@ -348,8 +348,12 @@ def _differing(groups: Sequence[Group]) -> dict[str, list[Any]]:
 
 def shortened(value: Any) -> str:
     """A value as it stands in a label."""
-    text = str(value).lower() if isinstance(value, bool) else "–" if value is None else str(value)
+    text = str(value).lower() if isinstance(value, bool) else "–" if value is None else _one_line(str(value))
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _mean(value: Mean | None) -> float:

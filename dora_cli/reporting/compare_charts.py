@@ -96,8 +96,9 @@ def _draw_quality(axes: "Axes", setting: Setting, looks: Looks, narrow: bool) ->
         return
     at = {g.label: (g.params.mean, g.metric.mean) for g in sized if g.params is not None and g.metric is not None}
     front = [g for g in setting.front if g in sized]
-    x, y = zip(*(at[g.label] for g in front), strict=True)
-    axes.plot(x, y, color=MUTED, linewidth=6, alpha=0.25, drawstyle="steps-post", zorder=1, label="Pareto front")
+    if front:  # a head alone may be better than all of them
+        x, y = zip(*(at[g.label] for g in front), strict=True)
+        axes.plot(x, y, color=MUTED, linewidth=6, alpha=0.25, drawstyle="steps-post", zorder=1, label="Pareto front")
     for group in sized:
         assert group.metric is not None
         of_method = [g for g in sized if g.method == group.method]
@@ -119,7 +120,8 @@ def _draw_quality(axes: "Axes", setting: Setting, looks: Looks, narrow: bool) ->
     log_scale(axes, "x", most=4 if narrow else 6)
     axes.set_xlabel("adapter parameters at the end")
     axes.set_ylabel(setting.metric)
-    axes.legend(loc="best", fontsize=9)
+    if front:
+        axes.legend(loc="best", fontsize=9)
     if narrow and len(sized) > MOST_POINTS:
         return
     _label_points(axes, [(at[g.label], _cut(g.label)) for g in sized], narrow)

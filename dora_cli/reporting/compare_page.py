@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from dora_cli.reporting.charts import write_png
 from dora_cli.reporting.compare import Group, Setting, saved_of, shortened, value_of
@@ -12,7 +13,7 @@ from dora_cli.reporting.compare_charts import Looks, charts
 from dora_cli.reporting.compare_tables import (
     LEGEND,
     as_csv,
-    caution,
+    cautions,
     group_row,
     group_rows,
     mark,
@@ -87,7 +88,7 @@ def _shown(setting: Setting, references: Mapping[str, Group], place: Path) -> di
     compared = dict.fromkeys(reference.label for reference in references.values())
     return {
         "says": says(setting),
-        "caution": caution(setting),
+        "cautions": list(cautions(setting)),
         "metric": setting.metric,
         "rows": rows,
         "reference": next(iter(compared)) if len(compared) == 1 else "the baseline at the same budget",
@@ -105,7 +106,7 @@ def _key(looks: Looks, group: Group) -> dict[str, Any]:
 def _run(run: Run, place: Path) -> dict[str, Any]:
     page = run.folder / REPORT
     target = page if page.exists() else run.folder
-    link = os.path.relpath(target, place).replace(os.sep, "/")
+    link = quote(os.path.relpath(target, place).replace(os.sep, "/"))
     return {"run": run, "link": link, "value": value_of(run), "step": (saved_of(run) or {}).get("step")}
 
 

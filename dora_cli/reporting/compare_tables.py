@@ -2,6 +2,7 @@
 
 import csv
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from typing import Any
@@ -46,11 +47,14 @@ def says(setting: Setting) -> str:
     return f"{setting.metric} on {setting.data}, {'higher' if setting.higher else 'lower'} is better"
 
 
-def caution(setting: Setting) -> str:
-    """What must be said where the best mean is of one run, and others of several; else empty."""
+def cautions(setting: Setting) -> Iterator[str]:
+    """What must be said where means mislead: the best is of one run and others of several, or seeds have own rows."""
     ns = [len(group.finished) for group in setting.measured]
-    alone = len(setting.best.finished) == 1 and max(ns) > 1
-    return f"the best, {setting.best.label}, was run once: how far its seeds lie apart is not known" if alone else ""
+    if len(setting.best.finished) == 1 and max(ns) > 1:
+        yield f"the best, {setting.best.label}, was run once: how far its seeds lie apart is not known"
+    finished = [run for group in setting.groups for run in group.finished]
+    if len({run.seed for run in finished}) > 1 and any(_summary(run).get("held_out") for run in finished):
+        yield "each seed held out other validation rows: runs of one seed, as in the differences, share theirs"
 
 
 def mark(setting: Setting, group: Group) -> str:
@@ -69,12 +73,17 @@ def text_table(setting: Setting, references: Mapping[str, Group]) -> list[str]:
     while len(widths) > FEWEST and longest + sum(widths) + 2 * len(widths) > WIDTH:
         widths.pop()
     room = min(longest, WIDTH - sum(widths) - 2 * len(widths))
-    lines = [says(setting)]
+    lines = wrapped(says(setting))
     for label, *cells in zip(labels, *columns[: len(widths)], strict=True):
         label = label if len(label) <= room else label[: room - 1] + "…"
         right = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         lines.append("  ".join([f"{label:<{room}}", *right]).rstrip())
     return lines
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of at most 80 columns, but for longer words: a path stays whole."""
+    return textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def markdown(settings: Sequence[Setting], references: Sequence[Mapping[str, Group]]) -> str:
@@ -83,13 +92,18 @@ def markdown(settings: Sequence[Setting], references: Sequence[Mapping[str, Grou
     for setting, of_setting in zip(settings, references, strict=True):
         rows = [(g, group_row(setting, g, of_setting.get(g.label))) for g in setting.groups]
         heads = list(rows[0][1])
-        lines += [f"### {says(setting)}", "", "| | " + " | ".join(heads) + " |"]
+        lines += [f"### {says(setting)}", "", _line(["", *heads])]
         lines.append("| --- |" + " ---: |" * len(heads))
         for group, row in rows:
             label = f"**{group.label}**" if setting.is_near(group) else group.label
-            lines.append(f"| {label} | " + " | ".join(row.values()) + " |")
+            lines.append(_line([label, *row.values()]))
         lines.append("")
     return "\n".join([*lines, LEGEND, ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table; a | of the text's own would end its cell."""
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 LEGEND = (

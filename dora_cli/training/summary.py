@@ -43,6 +43,7 @@ def summarise(session: Session, progress: Progress, peak_rss: int, peak_device: 
         "trained_params": sum(p.numel() for p in session.trained_parameters().values()),
         "trained_params_mean": round(progress.trained / max(progress.step - progress.skipped, 1)),  # over its steps
         "metrics": chosen["metrics"] if chosen else {},
+        "held_out": session.rows.held_out,  # training rows that validated, other ones for another seed
         "best": _brief(progress.best),
         "last": _brief(progress.last),
         "train": {

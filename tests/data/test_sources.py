@@ -87,6 +87,7 @@ def test_validation_is_held_out_of_train_by_the_seed(choose, write):
     assert sorted(held + texts(first, "train")) == sorted(f"t{i}" for i in range(40))
     assert texts(same, "validation") == held != texts(other, "validation")
     assert first.notes == ["no validation split: 10 of 40 training rows held out by seed 1"]
+    assert first.held_out == 10
 
 
 def test_the_held_out_rows_can_be_read_alone(choose, write):

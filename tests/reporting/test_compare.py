@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from dora_cli.config.differences import FREE_ON_RESUME
 from dora_cli.errors import UserError
 from dora_cli.reporting.compare import Mean, check_baseline, compare, mean_of, paired, params_of, pareto, value_of
-from dora_cli.reporting.compare_charts import mean_curve, spread
-from dora_cli.reporting.compare_tables import caution, mark, plus_minus, text_table
+from dora_cli.reporting.compare_charts import charts, mean_curve, spread
+from dora_cli.reporting.compare_tables import cautions, mark, markdown, plus_minus, text_table
 from dora_cli.reporting.runs import Run, read_run
 
 MakeRun = Callable[..., Path]
@@ -188,9 +189,30 @@ def test_the_best_and_those_within_its_noise_are_marked(make_run: MakeRun) -> No
     )
     (setting,), _ = compare(runs, FREE_ON_RESUME)
     assert [mark(setting, group) for group in setting.groups] == ["*", "~", ""]
-    assert not caution(setting)
+    assert not list(cautions(setting))
     (setting,), _ = compare([*runs, *read(make_run("d", method="d", value=0.99))], FREE_ON_RESUME)
-    assert "d 0.25, was run once" in caution(setting)
+    assert "d 0.25, was run once" in next(cautions(setting))
+
+
+def test_seeds_that_held_out_rows_of_their_own_are_said(make_run: MakeRun) -> None:
+    folders = [make_run(f"r{seed}", seed=seed) for seed in (1, 2)]
+    for folder in folders:
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps(summary | {"held_out": 10}))
+    (setting,), _ = compare(read(*folders), FREE_ON_RESUME)
+    assert list(cautions(setting)) == [
+        "each seed held out other validation rows: runs of one seed, as in the differences, share theirs"
+    ]
+    (setting,), _ = compare(read(folders[0]), FREE_ON_RESUME)
+    assert not list(cautions(setting)), "one seed, the same rows"
+
+
+def test_a_head_that_beats_all_adapters_leaves_no_front_to_draw(make_run: MakeRun) -> None:
+    runs = read(make_run("h", method="head", budget=None, params=0, value=0.9), make_run("l", method="lora", value=0.8))
+    (setting,), _ = compare(runs, FREE_ON_RESUME)
+    assert [group.label for group in setting.front] == ["head"]
+    drawn = charts(setting)["quality"].inline()
+    assert "head: no adapter" in drawn and "lora 0.25" in drawn and "Pareto front" not in drawn
 
 
 def test_curves_are_means_over_the_steps_that_all_have(make_run: MakeRun) -> None:
@@ -224,6 +246,24 @@ def test_the_printed_table_fits_80_columns_whatever_the_labels(make_run: MakeRun
     lines = text_table(setting, setting.references(None))
     assert max(map(len, lines)) <= 80
     assert lines[0] == "accuracy on toy, higher is better" and "…" in lines[-1] and "600" in lines[-1]
+
+
+def test_values_of_several_lines_or_with_a_bar_break_no_table(make_run: MakeRun) -> None:
+    templates = (r"Text: {text}\n| Answer:", r"{text} |\n\n")
+    folders = [edit(make_run(f"r{i}"), f'data:\n  template: "{text}"\n') for i, text in enumerate(templates)]
+    long = ", ".join(f"a: column {i}\\n" for i in range(20))
+    folders.append(edit(make_run("other"), f'data:\n  columns: {{text: "{long}"}}\n'))
+    settings, _ = compare(read(*folders), FREE_ON_RESUME)
+    references = [setting.references(None) for setting in settings]
+    assert [group.suffix for group in settings[0].groups] == [
+        " 0.25 template=Text: {text} | Answer:",
+        " 0.25 template={text} |",
+    ]
+    lines = [text_table(setting, of_setting) for setting, of_setting in zip(settings, references, strict=True)]
+    assert max(len(line) for table in lines for line in table) <= 80
+    assert "\n" not in "".join(lines[0]) and "column 19" in " ".join(lines[1])
+    for line in markdown(settings, references).splitlines():
+        assert line[:1] != "|" or len(re.findall(r"(?<!\\)\|", line)) == 10, line
 
 
 def test_nothing_finished_is_refused(make_run: MakeRun) -> None:

@@ -5,14 +5,16 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from dora_cli.cli import report_run
 from dora_cli.cli.report import main, parse
-from dora_cli.cli.report_run import find_runs, split_list
+from dora_cli.cli.report_run import common_folder, find_runs, split_list
 from dora_cli.cli.sweep import Job, Result, ending
 from dora_cli.errors import UserError
 
@@ -49,7 +51,7 @@ def test_the_comparison_of_eight_runs(make_run: MakeRun, tmp_path: Path, capsys:
     for seed in (1, 2, 3):
         make_run(f"s/d{seed}", seed=seed, value=0.8 + seed / 100)
         make_run(f"s/l{seed}", seed=seed, value=0.7, method="lora & <co>", params=400)
-    make_run("s/d4", seed=4, finished=False)
+    make_run("s/d#4 50%", seed=4, finished=False)
     (make_run("s/full", method="full", budget=None, params=90_000) / "report.html").write_text("a page")
     assert main([f"runs={tmp_path}/s/*", f"out={tmp_path}/c"]) == 0
     out = capsys.readouterr().out
@@ -65,12 +67,13 @@ def test_the_comparison_of_eight_runs(make_run: MakeRun, tmp_path: Path, capsys:
     for word in ("8 runs compared", "dora 0.25", "lora & <co> 0.25", "full", "3 of 4", "unfinished", "600", "90,000"):
         assert word in page.text, word
     assert not page.fetched and "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
-    assert "../s/full/report.html" in page.links and "../s/d1" in page.links
-    assert all((tmp_path / "c" / link).exists() for link in page.links)
+    assert {"../s/full/report.html", "../s/d1", "../s/d%234%2050%25"} <= {*page.links}
+    assert all((tmp_path / "c" / unquote(link)).exists() for link in page.links)
 
     rows = {row["run"]: row for row in csv.DictReader((tmp_path / "c/table.csv").open())}
     assert len(rows) == 8
-    assert float(rows[f"{tmp_path}/s/d2"]["value"]) == pytest.approx(0.82) and rows[f"{tmp_path}/s/d4"]["value"] == ""
+    assert float(rows[f"{tmp_path}/s/d2"]["value"]) == pytest.approx(0.82)
+    assert rows[f"{tmp_path}/s/d#4 50%"]["value"] == ""
     groups = {row["group"]: row for row in csv.DictReader((tmp_path / "c/summary.csv").open())}
     assert groups["dora 0.25"]["best"] == "True" and groups["dora 0.25"]["seeds"] == "1 2 3"
     assert float(groups["lora & <co> 0.25"]["difference"]) == pytest.approx(-0.12)
@@ -99,6 +102,9 @@ def test_runs_are_found_by_patterns_lists_and_folders(make_run: MakeRun, tmp_pat
     assert found("['s/budget=0.1,seed=2', t]")[0] == {b, c}
     assert found("s", "t/*")[0] == {a, b, c}
     assert split_list("s/budget=0.1,seed=*,t") == ["s/budget=0.1,seed=*", "t"]
+    monkeypatch.chdir(c)
+    assert found(".") == found("../../../t") == ({c}, [])
+    assert common_folder(find_runs(["."])[0]) == c.parent, "not inside the run"
 
 
 @pytest.mark.parametrize(
@@ -164,6 +170,10 @@ def test_a_sweep_ends_with_the_comparison_and_with_what_failed(make_run, tmp_pat
     assert lines[:3] == ["", "job     exit  metric", "seed=3     1"]
     assert any(re.match(r"\* dora 0.25 +0.850 ± 0.071 +2 +600", line) for line in lines)
     assert lines[-2:] == ["page: s/comparison/index.html", "folders: s"]
+    Path("s/comparison/index.html").write_text("as it was")
+    plans = [replace(result, action="plan") for result in results]
+    assert ending(plans) == ["", "job     exit  metric", "seed=1     0", "seed=2     0", "folders: s"]
+    assert Path("s/comparison/index.html").read_text() == "as it was", "a dry run writes nothing"
 
     def fails(*_: object) -> None:
         raise RuntimeError("a bug")
@@ -172,4 +182,4 @@ def test_a_sweep_ends_with_the_comparison_and_with_what_failed(make_run, tmp_pat
     lines = ending([*results, failed])
     assert lines[:2] == ["", "no comparison: a bug"] and "seed=3     1" in lines and lines[-1] == "folders: s"
     assert json.loads((tmp_path / "s/seed=1/summary.json").read_text())
-    assert (tmp_path / "s/comparison/index.html").read_text() == "new", "the earlier one is whole"
+    assert (tmp_path / "s/comparison/index.html").read_text() == "as it was", "the earlier one is whole"

@@ -15,6 +15,7 @@ from dora_cli.reporting.report import write_report
 from dora_cli.reporting.runs import read_run
 
 MakeRun = Callable[..., Path]
+END_LINE = "stroke-dasharray: 4,3;"  # of the final choice
 
 
 class Page(HTMLParser):
@@ -57,6 +58,8 @@ def test_the_page_says_what_the_files_say_and_needs_nothing_else(make_run: MakeR
     frames = json.loads(re.search(r'id="frames">(.*?)</script>', text, re.DOTALL)[1])  # type: ignore[index]
     assert [sum(f["ranks"]) for f in frames] == [45, 27, 9, 9]
     assert frames[0]["label"].startswith("step 10: 45 alive")
+    assert "to the final choice, after which" in page.text and "step 30, the final choice: the worst" in page.text
+    assert text.count(END_LINE) == 6, "three charts in two widths"
     assert not page.links
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
     # Matplotlib numbers its groups in each drawing anew, but nothing refers to them.
@@ -67,8 +70,10 @@ def test_the_page_says_what_the_files_say_and_needs_nothing_else(make_run: MakeR
 
 @pytest.mark.pages
 def test_an_unfinished_run_and_one_without_events_have_a_page_too(make_run: MakeRun) -> None:
-    _, page = page_of(make_run("half", finished=False))
+    text, page = page_of(make_run("half", finished=False))
     assert "unfinished" in page.text and "20 steps so far" in page.text
+    assert "to the last event so far." in page.text and "step 20, the last event so far: the worst" in page.text
+    assert "final choice" not in page.text and END_LINE not in text
     folder = make_run("static", method="lora")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (folder / "metrics.jsonl").write_text(
@@ -118,9 +123,12 @@ def test_modules_are_laid_out_by_layer_and_kind() -> None:
 
 
 @pytest.mark.pages
-def test_a_real_run_ends_with_its_page(run_tiny: Callable[..., Path]) -> None:
-    folder = run_tiny("method=dora", "budget=0.25", "adapter.rank=4")
+def test_a_real_run_ends_with_its_page(run_tiny: Callable[..., Path], data_dir: Path) -> None:
+    folder = run_tiny("method=dora", "budget=0.25", "adapter.rank=4", f"data.path={data_dir / 'train.jsonl'}")
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
-    ranks: dict[str, Any] = json.loads((folder / "summary.json").read_text())["ranks"]
+    summary = json.loads((folder / "summary.json").read_text())
+    ranks: dict[str, Any] = summary["ranks"]
+    assert summary["held_out"] == round(0.1 * len((data_dir / "train.jsonl").read_text().splitlines()))
+    assert "to the final choice" in page.text
     assert page.cells == {name: str(rank) for name, rank in ranks.items()}
     assert "save.report" not in page.text.split("The whole configuration")[0]
