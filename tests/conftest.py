@@ -179,7 +179,7 @@ def composed() -> Callable[..., Any]:
     from dora_cli.config.record import NOT_REPEATED
 
     known: dict[tuple[str, ...], Any] = {}
-    truth = {"true": True, "false": False}
+    truth = {"true": True, "false": False, "null": None}
 
     def again(words: Sequence[str], parts: Any, config_dirs: Sequence[str] = ()) -> Any:
         start = {k: truth.get(v, v) for k, _, v in (w.partition("=") for w in words) if k in NOT_REPEATED}
