@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TextIO, get_type_hints
 
-from dora_cli.cli.part_keys import part_keys
+from dora_cli.cli.part_keys import part_keys, part_sentences
 from dora_cli.config.recipes import offered, sentences
 from dora_cli.config.schema import MISSING, PART_GROUPS, Config
 from dora_cli.config.sweeps import LAUNCHERS, SWEEPERS
@@ -328,6 +328,12 @@ def _wrap(text: str, indent: str = "") -> list[str]:
 def _section(title: str, rows: Mapping[str, str]) -> list[str]:
     """A title and two columns."""
     return ["", *_wrap(title + ":"), *columns(rows)] if rows else []
+
+
+def offers(group: str, folders: Sequence[Path]) -> dict[str, str]:
+    """Name → sentence of everything that a group offers; of parts without a file, what their class says."""
+    said = {**part_sentences(group), **sentences(group, folders)}
+    return {name: said.get(name, "") for name in offered(group, folders)}
 
 
 def columns(rows: Mapping[str, str], indent: str = "  ", column: int = COLUMN) -> list[str]:

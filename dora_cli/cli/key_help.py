@@ -1,16 +1,19 @@
 """``--help KEY``: one key of a command, from the schema and the parts' source, without importing anything slow."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
-from dora_cli.cli.help import WIDTH, shown
+from dora_cli.cli.help import WIDTH, columns, offers, shown
 from dora_cli.cli.part_keys import part_keys
+from dora_cli.config import sweeps
+from dora_cli.config.recipes import GROUPS, recipes_dir
 from dora_cli.config.schema import MISSING, PART_GROUPS, Config
 from dora_cli.errors import UserError
-from dora_cli.registry import did_you_mean
+from dora_cli.registry import did_you_mean, near
 
 WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "Any": ""}
 LIMITS = {"low": "{} or more", "above": "above {}", "high": "{} or less", "below": "below {}"}
@@ -28,23 +31,46 @@ def explain_plain(topic: str, keys: Mapping[str, str], command: str) -> str:
     return "\n".join([key, *_lines("", keys[key]), *_lines("set", f"{command} {key}=…")])
 
 
-def explain(topic: str) -> str:
+def explain(topic: str, folders: Sequence[Path] = ()) -> str:
     """A key of ``dora-train``, or all keys below one: what it is, its type and range, its default, how it is set.
+
+    Of a group (``method``, ``schedule``, ``hydra/launcher``) also the choices.
+
+    Args:
+        topic: as it is typed.
+        folders: where recipes lie; left out, the shipped ones.
 
     Raises:
         UserError: there is no such key; says the nearest ones.
     """
     key = topic.rstrip("=.").lstrip("+")
     known = _known()
-    below = [name for name in known if name.startswith(f"{key}.")]
+    below = [known[name] for name in known if name.startswith(f"{key}.")]
+    groups = (*GROUPS, *sweeps.GROUPS)
     if key in known:
         return known[key]
+    if key in groups:
+        return "\n\n".join([_group(key, folders or [recipes_dir()]), *below])
     if below:
-        return "\n\n".join(known[name] for name in below)
+        return "\n\n".join(below)
     parent = key.rpartition(".")[0]
     if parent in known and "mapping" in known[parent]:
         return known[parent]
-    raise UserError(f"unknown key '{key}'", hint=did_you_mean(key, [*known, *PART_GROUPS]))
+    close = " or ".join(f"'{name}'" for name in near(key, [*known, *groups]))
+    raise UserError(
+        f"unknown key '{key}'", hint=f"did you mean {close}?" if close else "dora-train --help lists all of them"
+    )
+
+
+def _group(group: str, folders: Sequence[Path]) -> str:
+    """What a group offers, a sentence each, and how one is chosen."""
+    if group in GROUPS:
+        rows = offers(group, folders)
+        where = "" if group == "recipe" else ", or under defaults in a recipe"
+    else:
+        rows = {n: str(c.__doc__) if isinstance(c, type) else f"optuna's {c}" for n, c in sweeps.GROUPS[group].items()}
+        where = ", of a sweep (-m)"
+    return "\n".join([f"{group}, one of:", *columns(rows), *_lines("set", f"{group}=NAME on the command line{where}")])
 
 
 def _known() -> dict[str, str]:

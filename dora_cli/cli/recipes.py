@@ -6,10 +6,9 @@ from os.path import expanduser
 from pathlib import Path
 
 from dora_cli.cli.completion import SHELLS, SUBCOMMANDS, script, words
-from dora_cli.cli.help import COLUMN, columns, recipes_help
-from dora_cli.cli.part_keys import part_sentences
+from dora_cli.cli.help import COLUMN, columns, offers, recipes_help
 from dora_cli.cli.run import answered, guard, split_flags
-from dora_cli.config.recipes import GROUPS, HEADER, choices, is_file, offered, search_folders, sentences
+from dora_cli.config.recipes import GROUPS, HEADER, choices, is_file, search_folders
 from dora_cli.config.schema import PART_GROUPS
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean
@@ -72,8 +71,7 @@ def listing(group: str, folders: Sequence[Path]) -> str:
     group = group.removesuffix("s") if group not in GROUPS else group  # as one says it
     if group not in GROUPS:
         raise UserError(f"unknown group '{group}'", hint=did_you_mean(group, GROUPS))
-    said = {**part_sentences(group), **sentences(group, folders)}
-    return "\n".join(columns({name: said.get(name, "") for name in offered(group, folders)}, indent="", column=COLUMN))
+    return "\n".join(columns(offers(group, folders), indent="", column=COLUMN))
 
 
 def group_file(name: str, folders: Sequence[Path]) -> Path | None:
@@ -122,7 +120,22 @@ def copy(name: str, to: str, folders: Sequence[Path]) -> str:
     if group == "recipe":
         return f"{to} is a copy of recipe {name}: dora-train recipe={to}"
     use = f"as MINE/{group}/NAME.yaml it is chosen by --config-dir MINE {group}=NAME"
-    return f"{to} is a copy of {name}; {use}"
+    return f"{to} is a copy of {name}; {use}" + _left_behind(group, name.partition("/")[2], folders)
+
+
+def _left_behind(group: str, name: str, folders: Sequence[Path]) -> str:
+    """That values tuned for a pair of data and method go by their names, so that a copy needs a file to have them."""
+    for tuned in choices("tuned", folders):
+        data, _, method = tuned.rpartition("/")
+        own = {"data": data, "method": method}.get(group)
+        if own == name:
+            file = f"MINE/tuned/NAME/{method}.yaml" if group == "data" else f"MINE/tuned/{data}/NAME.yaml"
+            return (
+                f"\nWhat was tuned for {group}={name} does not come along: it goes by the name. To have\n"
+                f"it all the same, write files such as {file}:\n"
+                f"  {HEADER}\n  defaults: [{tuned}]"
+            )
+    return ""
 
 
 COPIED = "#   copied from: "
@@ -135,7 +148,8 @@ def copied_from(text: str) -> str | None:
 
 def _complete(argv: list[str]) -> None:
     command, *typed = argv[2:] or [""]
-    print("\n".join(words(command, typed[:-1], typed[-1] if typed else "")))
+    for word in words(command, typed[:-1], typed[-1] if typed else ""):
+        print(word)
 
 
 def _one_of(rest: Sequence[str], usage: str, least: int = 1) -> str:

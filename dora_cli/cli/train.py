@@ -30,7 +30,7 @@ def train(argv: list[str]) -> int:
     """Answer help and mistyped names at once, then load what is slow and run."""
     arguments = split_flags(argv)
     folders = search_folders(arguments.config_dirs)
-    if answered(arguments, lambda: train_help(folders), explain):
+    if answered(arguments, lambda: train_help(folders), lambda topic: explain(topic, folders)):
         return 0
     if arguments.multirun:
         from dora_cli.cli.sweep import sweep

@@ -32,8 +32,8 @@ class Composed:
 
     ``parts`` holds the five built parts and ``names`` their names, by group; ``dropped`` says which options from files
     the chosen parts do not read; ``yaml`` is the text of ``RUN/config.yaml``; ``tuned`` holds by key what was tuned for
-    this pair of data and method, whether it is used or not; ``origin`` says by key where its last value stands (None:
-    on the command line), and holds no key that has its default.
+    this pair of data and method, and ``preset`` what the method's file says, whether it is used or not; ``origin`` says
+    by key where its last value stands (None: on the command line), and holds no key that has its default.
     """
 
     config: Config
@@ -45,6 +45,7 @@ class Composed:
     yaml: str
     data: str = ""
     tuned: dict[str, Any] = field(default_factory=dict)
+    preset: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str | None] = field(default_factory=dict)
 
 
@@ -105,15 +106,26 @@ def compose(
     selected = {"model": picked["model"], "data": picked["data"], **names, "method": picked["method"]}
     folders_typed = [word for folder in config_dirs for word in ("--config-dir", str(folder))]
     text = record.write(recipe.name, selected, values, [*overrides, *folders_typed])
-    tuned = choices("tuned", folders).get(f"{picked['data']}/{picked['method']}")
-    best = {leaf.key: leaf.value for leaf in read(tuned).leaves} if tuned else {}
-    return Composed(config, built, names, recipe.name, picked["method"], dropped, text, picked["data"], best, origin)
+    data, method = picked["data"], picked["method"]
+    tuned, preset = _said(f"{data}/{method}", choices("tuned", folders)), _said(method, choices("method", folders))
+    return Composed(config, built, names, recipe.name, method, dropped, text, data, tuned, preset, origin)
 
 
 def root_schema(parts: Parts) -> type:
     """The dataclass of the whole configuration: ``Config`` and the five part groups."""
     groups = {group: part_schema(group, parts[group]) for group in PART_GROUPS}
     return make_dataclass("RootConfig", [(g, s, field(default_factory=s)) for g, s in groups.items()], bases=(Config,))
+
+
+def _said(name: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Key → value of what a group's file says, and the others of its group that it names under defaults."""
+    if name not in files:
+        return {}
+    source, values = read(files[name]), dict[str, Any]()
+    for key, other, _ in source.defaults:
+        if key == other:  # a file to go by, and no choice of another group
+            values |= _said(other, files)
+    return values | {leaf.key: leaf.value for leaf in source.leaves}
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from math import ceil
 
-from dora_cli.training.facts import Facts
+from dora_cli.training.facts import Facts, counted
 
 FAR = 3  # times the tuned rate, or a third of it
 # Peak rates of AdamW that are in use, by adapter; those that wrap layers have the first.
@@ -65,9 +65,11 @@ def _window(known: Facts) -> Iterator[Doubt]:
     schedule = known["schedule"]
     if schedule is None:
         return
-    warmup, begin = known["training"]["warmup_steps"], schedule["events"][0][0]
-    if begin < warmup:
-        acting = {"shrink": "pruning", "grow": "growth", "static": "freezing"}.get(schedule["mode"], "allocation")
+    warmup, moves = known["training"]["warmup_steps"], schedule["mode"] == "constant"  # units do, their number doesn't
+    begin = next((step for step, count in schedule["events"] if moves or count != schedule["first"]), warmup)
+    if begin < warmup and not schedule["preset_start"]:
+        acting = {"shrink": "pruning", "grow": "growth"}.get(schedule["mode"], "allocation")
+        acting = "freezing" if schedule["counts"] == "tensors" else acting
         yield Doubt(
             "schedule.start",
             f"{acting} starts at step {begin}, before the learning rate is warm (step {warmup})",
@@ -80,16 +82,24 @@ def _window(known: Facts) -> Iterator[Doubt]:
         left = total - end
         yield Doubt(
             "schedule.end",
-            f"the final choice falls on step {end:,} of {total:,}: what lives then trains for {left:,} more "
-            f"step{'' if left == 1 else 's'} ({left / total:.0%} of the run)",
+            f"the final choice falls on step {end:,} of {total:,}: what lives then trains for "
+            f"{counted(left, 'step')} more ({left / total:.0%} of the run)",
             "set schedule.end=0.5, or train for longer",
         )
     if len(schedule["events"]) == 1 and not schedule["one_event"]:
+        first = max(1, schedule["start"])  # there is no step 0
+        if first == end:
+            yield Doubt(
+                "schedule.end",
+                f"the window of allocation is step {end} alone: all is decided at once",
+                "set schedule.start and schedule.end further apart, or train for longer",
+            )
+            return
         yield Doubt(
             "allocator.interval",
             f"allocator.interval={schedule['interval']} leaves one allocation event in the window, steps "
-            f"{schedule['start']} to {end}: all is decided at once",
-            f"set allocator.interval={max(1, (end - schedule['start']) // 10)}, or train for longer",
+            f"{first} to {end}: all is decided at once",
+            f"set allocator.interval={max(1, (end - first) // 10)}, or train for longer",
         )
 
 
@@ -125,8 +135,8 @@ def _pace(known: Facts) -> Iterator[Doubt]:
     if warmup >= total:
         yield Doubt(
             "train.warmup",
-            f"the warm-up of {warmup:,} steps is no shorter than the run, {total:,} steps: the learning rate never "
-            "falls, and hardly reaches its peak",
+            f"the warm-up of {counted(warmup, 'step')} is no shorter than the run, {counted(total, 'step')}: the "
+            "learning rate never falls, and hardly reaches its peak",
             "set train.warmup=0.06, a share of the run",
         )
     rows = sum(split["batch_rows"] for role, split in splits.items() if role != "train")
@@ -134,12 +144,14 @@ def _pace(known: Facts) -> Iterator[Doubt]:
     if rows * times * FORWARD > trained:
         yield Doubt(
             "train.eval_every",
-            f"{times:,} evaluations of {rows:,} rows take longer than the training, which sees {trained:,} rows",
+            f"{counted(times, 'evaluation')} of {counted(rows, 'row')} take{'s' if times == 1 else ''} longer than "
+            f"the training, which sees {counted(trained, 'row')}",
             "raise train.eval_every, or set data.max_eval_samples",
         )
     if total >= SHORT and training["save_every"] < OFTEN:
+        every = "step" if training["save_every"] == 1 else f"{training['save_every']} steps"
         yield Doubt(
             "train.save_every",
-            f"a checkpoint is written every {training['save_every']} steps, {total // training['save_every']:,} in all",
+            f"a checkpoint is written every {every}, {total // training['save_every']:,} in all",
             "raise train.save_every",
         )

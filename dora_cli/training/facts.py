@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from dora_cli.adapters.base import AdapterLayer, linear_shape
+from dora_cli.allocation.growth import component_cost
+from dora_cli.models.load import position_limit
 from dora_cli.models.quantised import weight_count
 from dora_cli.training.loop import every_steps
 from dora_cli.training.optim import warmup_steps
@@ -14,6 +16,10 @@ from dora_cli.training.setup import Session
 
 Facts = dict[str, Any]
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer, in a module's name
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 def facts(session: Session, out: str) -> Facts:
@@ -82,7 +88,10 @@ def adapter_parameters(session: Session) -> int:
 
 
 def max_positions(session: Session) -> int | None:
-    """The longest input that the model was made for, by its configuration."""
+    """The longest input that the model can take, by its learned positions, or was made for, by its configuration."""
+    limit = position_limit(session.model)
+    if limit is not None:
+        return limit
     config: Any = session.model.config
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
@@ -119,11 +128,12 @@ def _adapter(session: Session) -> Facts:
         "parameters_end": [allocation.start_cost] * 2,
         "trained_start": sum(p.numel() for p in session.trained_parameters().values()),
     }
-    moves = session.layers and allocation.allocator.mode in ("shrink", "grow")
-    if moves:
-        units, parameters = end_bounds(
-            allocation.last, sorted(allocation.table.cost.tolist()), allocation.by_cost, allocation.allocator.grows
-        )
+    allocator, layers = allocation.allocator, session.layers.values()
+    if layers and allocator.mode != "static":
+        costs = [component_cost(layer) for layer in layers] if allocator.grows else allocation.table.cost.tolist()
+        units, parameters = end_bounds(allocation.last, sorted(costs), allocation.by_cost, allocator.grows)
+        if allocator.mode == "constant" and not allocator.restores(units[1], len(layers)):
+            units[0], parameters[0] = 1, min(costs)
         found |= {"units_end": units, "parameters_end": parameters}
     return found
 
@@ -133,9 +143,9 @@ def end_bounds(last: int, costs: list[int], by_cost: bool, grows: bool) -> tuple
 
     Args:
         last: the budget, in units or (``by_cost``) in parameters at most.
-        costs: parameters of each unit at the start, rising.
+        costs: parameters of each unit at the start, rising; where the adapter grows, of one in each module.
         by_cost: what ``last`` counts.
-        grows: whether there may be more units of one cost than there are at the start.
+        grows: whether there may be more units of one cost than there are in ``costs``.
     """
     if by_cost:
         least = max(last - costs[-1] + 1, 0)  # a unit more, even the dearest, would not have been left out
@@ -150,10 +160,12 @@ def _schedule(session: Session) -> Facts:
     allocation = session.allocation
     window = allocation.window
     steps = [t for t in range(1, window.end + 1) if allocation.is_event(t)]
-    count = allocation.schedule.count
+    count, preset = allocation.schedule.count, session.composed.preset
+    starts = {"schedule.start": allocation.schedule.start, "train.warmup": session.config.train.warmup}
     return {
         "mode": allocation.allocator.mode,
         "counts": "parameters" if allocation.by_cost else allocation.table.kind,
+        "preset_start": starts.items() <= preset.items(),
         "start": window.start,
         "end": window.end,
         "steps": window.total,

@@ -12,7 +12,7 @@ from dora_cli.data.sources import buffer_size
 from dora_cli.models.quantised import held_bytes, weight_count
 from dora_cli.training.doubts import doubts
 from dora_cli.training.examples import examples
-from dora_cli.training.facts import Facts, adapter_parameters, facts
+from dora_cli.training.facts import Facts, adapter_parameters, counted, facts
 from dora_cli.training.fits import SIZES, fits, fits_alone, frozen_base, ways
 from dora_cli.training.memory import NoEstimate, estimate
 from dora_cli.training.setup import Session
@@ -249,10 +249,6 @@ def _rank_notes(session: Session) -> list[str]:
 def alive_word(session: Session) -> str:
     """What the count of an allocation says of its units: that they live, or where that is not in question, train."""
     return "alive" if session.allocation.table.kind == "components" else "in training"
-
-
-def counted(n: int, what: str) -> str:
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 def span(numbers: Sequence[int]) -> str:

@@ -86,6 +86,44 @@ def test_a_shells_script_is_printed(capsys):
     assert main(["completion", "tcsh"]) == 2
 
 
+def test_bash_is_given_words_as_they_are_to_be_typed(tmp_path):
+    """Nothing where nothing is offered; blanks quoted once, commas never."""
+    (tmp_path / "my dir").mkdir()
+    lines = [
+        "dora-train budget=0.1",
+        "dora-train data.path=my",
+        r"dora-train data.path=my\ d",
+        "dora-train method=dora,lo",
+    ]
+    lines += [r"dora-train --config-dir my\ dir sched", "dora-train recipe=quickst"]
+    asks = f"""
+        COMP_WORDBREAKS='=:'
+        dora-recipes() {{ "{sys.executable}" -m dora_cli.cli.recipes "$@"; }}
+        while IFS= read -r COMP_LINE; do
+            COMP_POINT=${{#COMP_LINE}}
+            _dora_complete dora-train </dev/null
+            printf '<%s>' "${{COMPREPLY[@]-none}}"; echo
+        done
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script("bash") + asks],
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.stdout.splitlines() == [
+        "<none>",
+        r"<my\ dir/>",
+        r"<my\ dir/>",
+        "<dora,lora >",
+        "<schedule=><schedule.>",
+        "<quickstart >",
+    ]
+
+
 @pytest.mark.parametrize("shell", STARTS)
 def test_tab_in_a_real_shell(shell, tmp_path):
     """Typed on a terminal, with TABs: the command gets the whole words."""
@@ -103,10 +141,10 @@ def test_tab_in_a_real_shell(shell, tmp_path):
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     environment = {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
     argv, start = STARTS[shell]
-    typed = f"{start}\n", "dora-train schedule=cubic_l\ttrain.sched\tlin\tdata.path=rev\t\n"
+    typed = f"{start}\n", "dora-train budget=0.1\t schedule=cubic_l\ttrain.sched\tlin\tdata.path=rev\t\n"
     said = on_a_terminal(argv, environment, tmp_path, typed, until=got.exists)
     assert got.exists(), said
-    assert got.read_text() == "schedule=cubic_late train.scheduler=linear data.path=reviews.csv\n"
+    assert got.read_text() == "budget=0.1 schedule=cubic_late train.scheduler=linear data.path=reviews.csv\n"
 
 
 def on_a_terminal(argv, environment, folder, typed, until, seconds=30):

@@ -13,6 +13,7 @@ from dora_cli.cli.help import eval_help, merge_help, recipes_help, report_help, 
 from dora_cli.cli.key_help import explain
 from dora_cli.cli.part_keys import part_keys
 from dora_cli.cli.parts import load_parts
+from dora_cli.cli.train import main
 from dora_cli.config.check import known_keys
 from dora_cli.config.recipes import choices, recipes_dir, sentences
 from dora_cli.config.schema import PART_GROUPS, Config, part_defaults
@@ -75,6 +76,11 @@ def test_the_options_of_parts_are_read_from_their_source_as_they_are():
         ("train.weight_decay=", ["0.0 or more"]),
         ("allocator.interval", ["default   10 of prune", "read      by allocator=prune"]),
         ("save", ["save.merged\n", "save.which\n"]),
+        ("recipe", ["\n  quickstart ", "recipe=NAME on"]),
+        ("method", ["\n  dora ", "method=NAME on"]),
+        ("schedule", ["\n  cubic_late ", "schedule=NAME on", "schedule.start\n"]),
+        ("hydra/launcher", ["\n  joblib ", "several jobs at once", "hydra/launcher=NAME on"]),
+        ("hydra/sweeper/sampler", ["\n  tpe ", "TPESampler\n"]),
     ],
 )
 def test_one_key_is_explained(topic, said):
@@ -86,7 +92,17 @@ def test_one_key_is_explained(topic, said):
 def test_an_unknown_topic_is_answered_with_its_neighbours():
     with pytest.raises(UserError, match=r"unknown key 'train\.epoch'") as refusal:
         explain("train.epoch")
-    assert "'train.epochs'" in refusal.value.hint
+    assert "'train.epochs'" in refusal.value.hint and len(refusal.value.hint) < 80
+    with pytest.raises(UserError) as refusal:
+        explain("zzzz")
+    assert refusal.value.hint == "dora-train --help lists all of them"
+
+
+def test_a_groups_help_knows_the_users_folders(tmp_path, capsys):
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "ours.yaml").write_text("# @package _global_\n# Our own.\n")
+    assert main(["--help", "method", "--config-dir", str(tmp_path)]) == 0
+    assert "\n  ours " in capsys.readouterr().out
 
 
 def test_headings_are_bold_where_colour_is_wanted():

@@ -66,6 +66,22 @@ def test_a_copy_composes_and_differs_in_what_was_edited(tmp_path, monkeypatch, c
     assert file.read_text() == before and "is there already" in capsys.readouterr().err
 
 
+def test_a_copy_of_data_gets_what_was_tuned_by_the_file_that_is_named(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    printed = said(capsys, "copy", "data/text", f"to={tmp_path}/data/own.yaml")
+    assert "What was tuned for data=text does not come along" in printed
+    words = ["recipe=text_classification", "data.path=x", "method=dora", "data=own"]
+    before = compose(words, load_parts(), [tmp_path])
+    file = tmp_path / printed.split("such as MINE/")[1].split(":\n")[0].replace("NAME", "own")
+    file.parent.mkdir(parents=True)
+    file.write_text("\n".join(line.strip() for line in printed.splitlines()[-2:]))
+    after = compose(words, load_parts(), [tmp_path])
+    assert [c.config.train.learning_rate for c in (before, after)] == [0.001, 0.002]
+    assert (before.tuned, after.tuned["train.learning_rate"]) == ({}, 0.002)
+    assert "tuned/glue/cola/NAME.yaml" in said(capsys, "copy", "method/dora", f"to={tmp_path}/dora.yaml")
+    assert "tuned" not in said(capsys, "copy", "model/minilm", f"to={tmp_path}/minilm.yaml")
+
+
 def test_a_runs_configuration_is_compared_with_its_recipe(tmp_path, capsys):
     record = tmp_path / "config.yaml"
     record.write_text(compose(["recipe=quickstart", "train.epochs=5", "method=lora"], load_parts()).yaml)

@@ -4,16 +4,18 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dora_cli.cli.parts import load_parts
 from dora_cli.config.compose import compose
+from dora_cli.config.recipes import choices, recipes_dir
 from dora_cli.errors import UserError
 from dora_cli.training import plan as planning
 from dora_cli.training.doubts import doubts
-from dora_cli.training.facts import end_bounds
+from dora_cli.training.facts import end_bounds, max_positions
 
 Train = Callable[..., int]
 
@@ -85,12 +87,15 @@ SOUND: dict[str, Any] = {
     "adapter": {"unit": "components", "units_end": [24, 24]},
     "schedule": {
         "mode": "shrink",
+        "counts": "components",
+        "preset_start": False,
+        "first": 48,
         "start": 9,
         "end": 30,
         "steps": 60,
         "interval": 10,
         "one_event": False,
-        "events": [[9, 48], [19, 40], [29, 25], [30, 24]],
+        "events": [[9, 45], [19, 40], [29, 25], [30, 24]],
     },
     "training": {
         "steps": 60,
@@ -122,10 +127,29 @@ SOUND: dict[str, Any] = {
             "warmup=0.06",
         ),
         ({"training.warmup_steps": 20}, "schedule.start", "pruning starts at step 9", "raise schedule.start"),
+        ({"training.warmup_steps": 20, "schedule.preset_start": True}, None, "", ""),
+        ({"training.warmup_steps": 20, "schedule.mode": "static"}, "schedule.start", "allocation starts", "raise"),
+        (
+            {"training.warmup_steps": 20, "schedule.mode": "static", "schedule.counts": "tensors"},
+            "schedule.start",
+            "freezing starts at step 9",
+            "raise",
+        ),
+        ({"training.warmup_steps": 19, "schedule.first": 45}, None, "", ""),  # the first event keeps all
+        ({"training.warmup_steps": 20, "schedule.first": 45}, "schedule.start", "pruning starts at step 19", "raise"),
+        ({"training.warmup_steps": 19, "schedule.first": 45, "schedule.mode": "constant"}, "schedule.start", "9,", ""),
         ({"schedule.events": [[30, 24]]}, "allocator.interval", "one allocation event", "allocator.interval=2"),
+        ({"schedule.events": [[30, 24]], "schedule.start": 30}, "schedule.end", "step 30 alone", "further apart"),
+        ({"training.steps": 1, "training.warmup_steps": 1, "schedule": None}, "train.warmup", "of 1 step is", "share"),
         ({"schedule.events": [[30, 24]], "schedule.one_event": True}, None, "", ""),
         ({"training.evaluate_every": 1, "training.rows_per_step": 4}, "train.eval_every", "60 evaluations", "raise"),
-        ({"training.save_every": 1}, "train.save_every", "60 in all", "raise train.save_every"),
+        (
+            {"training.evaluate_every": 60, "training.rows_per_step": 1, "data.splits.validation.batch_rows": 900},
+            "train.eval_every",
+            "1 evaluation of 900 rows takes longer than the training, which sees 60 rows",
+            "raise",
+        ),
+        ({"training.save_every": 1}, "train.save_every", "every step, 60 in all", "raise train.save_every"),
         ({"data.splits.train.truncated": 320}, "data.max_length", "320 of 640 training rows", "raise data.max_length"),
         ({"model.max_positions": 32}, "data.max_length", "more than the 32 positions", "set data.max_length=32"),
         ({"schedule": None}, None, "", ""),
@@ -152,6 +176,50 @@ def test_warnings_reach_the_plan_of_a_run_and_know_what_was_tuned(planned: Calla
     plan = planned("method=dora", "data=text", "budget=r1", "adapter.rank=2", "train.learning_rate=0.1")
     assert keys(plan) == {"train.learning_rate"}
     assert plan["training"]["tuned_learning_rate"] == 0.002 and "data=text" in plan["warnings"][0]["what"]
+
+
+def test_values_that_a_tuned_file_takes_from_another_are_known_too() -> None:
+    for method, rate in (("rslora", 4e-4), ("adalora_official", 8e-4)):
+        found = compose(["recipe=glue_cola", f"method={method}", "train.learning_rate=0.02"], load_parts())
+        assert found.tuned["train.learning_rate"] == rate
+        assert method != "rslora" or found.preset["adapter.scaling"] == "rank_stabilised"
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [("aflora", 2000), ("dlora", 1000)]
+    + [pytest.param(m, 1000, marks=pytest.mark.slow) for m in choices("method", [recipes_dir()])],
+)
+def test_the_schedule_of_a_preset_as_it_stands_is_no_mistake(planned: Callable, method: str, steps: int) -> None:
+    words = f"method={method}", f"train.max_steps={steps}", "train.epochs=200", "train.learning_rate=0.001"
+    assert not keys(planned(*words)) - {"train.learning_rate"}
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [("elalora", "2k"), *(pytest.param("alora", budget, marks=pytest.mark.slow) for budget in ("r2", "2k", "r10"))],
+)
+def test_an_adapter_whose_units_move_ends_within_the_bounds(
+    planned: Callable, dora_train: Train, tmp_path: Path, method: str, budget: str
+) -> None:
+    words = f"method={method}", f"budget={budget}", "train.max_steps=12", "allocator.interval=3"
+    adapter = planned(*words)["adapter"]
+    assert dora_train(*words) == 0
+    end = json.loads((tmp_path / "run/summary.json").read_text())["budget"]
+    for counted, here in (("units", end["components_end"]), ("parameters", end["params_end"])):
+        least, most = adapter[f"{counted}_end"]
+        assert least <= here <= most
+    assert adapter["parameters_end"][0] < adapter["parameters_end"][1]
+
+
+def test_the_longest_input_is_the_one_that_loading_allows() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
+
+    small = {"vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    roberta = RobertaModel(RobertaConfig(**small, intermediate_size=4, max_position_embeddings=18, pad_token_id=1))
+    llama = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=4, max_position_embeddings=18))
+    for model, longest in ((roberta, 16), (llama, 18)):
+        assert max_positions(SimpleNamespace(model=model)) == longest
 
 
 def test_a_mistake_leaves_stdout_empty(dora_train: Train, capsys: pytest.CaptureFixture[str]) -> None:

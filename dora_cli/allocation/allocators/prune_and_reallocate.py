@@ -39,6 +39,10 @@ class PruneAndReallocate(Allocator):
     def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
         return self.on_budget(table, target)
 
+    def restores(self, count: int, modules: int) -> bool:
+        """Not where every module may lose one in the same round."""
+        return self._moving(count) < modules
+
     def window(self, schedule: Schedule, total: int) -> Window:
         """The schedule's, ended by the last round: from then on nothing moves, and evaluations count."""
         window, between = schedule.window(total), self.steps_between(total)
@@ -51,7 +55,7 @@ class PruneAndReallocate(Allocator):
         known = {name: mean for name, mean in zip(table.names, means, strict=True) if mean > -torch.inf}
         self.round = {"scores": known}
         ranked = ranking(table, scores, table.alive)
-        n = min(self.n or max(1, len(ranked) // 8), len(ranked) - 1)
+        n = min(self._moving(len(ranked)), len(ranked) - 1)
         if n < 1:
             return
         closing = torch.zeros(len(table), dtype=torch.bool)
@@ -62,6 +66,9 @@ class PruneAndReallocate(Allocator):
         left = event.limit - table.alive_cost() if event.by_cost else n
         for module, gained in hand_out(table, winners, left, by_cost=event.by_cost).items():
             table.grow(module, gained, event.optimizer)
+
+    def _moving(self, count: int) -> int:
+        return self.n or max(1, count // 8)
 
     def report(self, table: UnitTable) -> dict[str, Any]:
         """The round's mean score of every module, before ranks moved; not comparable between rounds."""
