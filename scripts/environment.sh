@@ -30,7 +30,8 @@ install() {
         echo "Making a virtual environment in $venv with $("$python" --version)."
         "$python" -m venv "$venv"
     fi
-    echo "Installing PyTorch, then this package and what it needs (the first time: some minutes, mostly downloads)."
+    echo "Installing PyTorch, then this package and what it needs."
+    echo "The first time that takes some minutes, mostly of downloads."
     # PyTorch by itself first: its pin decides which build is taken, before anything else can ask for another.
     # setuptools too: with it in place, no build has to fetch an environment of its own.
     # --no-compile: of 15,000 files Python compiles the few thousand that it imports, when it does, and saves a minute.

@@ -46,7 +46,11 @@ def parse_budget(value: object) -> Budget | None:
     text = str(value).strip()
     match = re.fullmatch(r"(r)?(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)([kmb])?", text.lower())
     if isinstance(value, bool) or not match or (match[1] and match[3]):
-        raise UserError(f"cannot read budget={value}", hint=f"say {FORMS}")
+        percent = re.fullmatch(r"(\d+\.?\d*|\.\d+)%", text)
+        share = float(percent[1]) / 100 if percent else 0.0
+        raise UserError(
+            f"cannot read budget={value}", hint=f"say budget={share:g}" if 0 < share < 1 else f"say {FORMS}"
+        )
     number = float(match[2]) * SUFFIXES[match[3] or ""]
     if number >= MOST:
         raise UserError(f"budget={value} is out of range", hint=f"say {FORMS}")

@@ -90,7 +90,7 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
             from dora_cli.cli.search import search
 
             results = search(ranges, launching, runner)
-    print("\n".join(table(results) if runner.ended else ending(results)))
+    print("\n".join([*table(results), "the same command goes on from here"] if runner.ended else ending(results)))
     codes = {result.code for result in results if result.code}
     return runner.ended or (USER_MISTAKE if codes == {USER_MISTAKE} else FAILURE if codes else 0)
 

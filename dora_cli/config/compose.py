@@ -225,7 +225,7 @@ def part_options(
         key = f"{group}.{option}"
         if value is None or option in own:
             continue
-        text = f"{key}={show(given.get(key, value))}: {name} does not read it"
+        text = f"{key}={show(given.get(key, value))}: {group}={name} does not read it"
         if key in given:
             readers = ", ".join(n for n, part in parts[group].items() if option in part_defaults(part))
             reads = ", ".join(f"{group}.{o}" for o in own) or "no options"

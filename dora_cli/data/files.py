@@ -248,11 +248,19 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             raise UserError(
                 f"{len(fields)} field{'s' * (len(fields) != 1)} instead of {len(header)} ({', '.join(header)})",
                 where=f"{path}, line {line}",
-                hint="quote a field that holds a comma" if path.suffix.lower() == ".csv" else None,
+                hint=_separator_hint(path, header),
             )
         yield line, fields
     if not header:
         raise UserError("there is no line of column names", where=str(path))
+
+
+def _separator_hint(path: Path, header: list[str]) -> str | None:
+    if path.suffix.lower() != ".csv":
+        return None
+    if len(header) == 1 and ";" in header[0]:
+        return "its columns are separated by ';': save it with commas, or as .tsv with tabs"
+    return "quote a field that holds a comma"
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -170,7 +170,8 @@ def _draw_curves(axes: "Axes", setting: Setting, looks: Looks, name: str, narrow
             axes.plot(steps, values, linewidth=0.8, alpha=0.35, **look)
         curve = mean_curve(group.finished, name)
         if curve:
-            axes.plot(list(curve), list(curve.values()), linewidth=2.2, **look)
+            dot = "o" if len(curve) == 1 else None
+            axes.plot(list(curve), list(curve.values()), linewidth=2.2, marker=dot, **look)
             ends.append((list(curve)[-1], list(curve.values())[-1], group))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(name)

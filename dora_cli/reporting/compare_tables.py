@@ -48,9 +48,11 @@ def says(setting: Setting) -> str:
 
 
 def cautions(setting: Setting) -> Iterator[str]:
-    """What must be said where means mislead: the best is of one run and others of several, or seeds have own rows."""
+    """What must be said where means mislead: groups or the best of one run, seeds with rows of their own."""
     ns = [len(group.finished) for group in setting.measured]
-    if len(setting.best.finished) == 1 and max(ns) > 1:
+    if len(ns) > 1 and max(ns) == 1:
+        yield "each was run once: what another seed alone would change is not known; seed=1,2,3 would show it"
+    elif len(setting.best.finished) == 1 and max(ns) > 1:
         yield f"the best, {setting.best.label}, was run once: how far its seeds lie apart is not known"
     finished = [run for group in setting.groups for run in group.finished]
     if len({run.seed for run in finished}) > 1 and any(_summary(run).get("held_out") for run in finished):

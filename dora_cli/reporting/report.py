@@ -185,7 +185,7 @@ def importance_chart(run: Run) -> Chart | None:
 
 def _steps_axis(axes: "Axes", run: Run) -> None:
     """The run's steps from left to right, those shaded in which units are chosen."""
-    axes.set_xlim(0, max(run.steps, 1))
+    axes.set_xlim(0, 1.02 * max(run.steps, 1))  # a point at the last step stays whole
     plain_numbers(axes, "x")
     axes.set_xlabel("optimizer step")
     shade_window(axes, run.window, WINDOW, closed=run.summary is not None)

@@ -136,8 +136,8 @@ def test_composing_leaves_no_trace(composed):
 
 def test_options_from_a_file_that_the_part_does_not_read_are_dropped_and_told(composed):
     run = composed("recipe=toy", "regularizer=none", "schedule=constant")
-    assert "regularizer.weight=0.5: none does not read it" in run.dropped
-    assert "schedule.start=0.15: constant does not read it" in run.dropped
+    assert "regularizer.weight=0.5: regularizer=none does not read it" in run.dropped
+    assert "schedule.start=0.15: schedule=constant does not read it" in run.dropped
 
 
 def test_home_is_expanded_where_a_shell_leaves_it(composed):

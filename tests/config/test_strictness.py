@@ -305,7 +305,7 @@ def test_contradictions_are_said(refusal, overrides, message):
 
 def test_an_option_that_the_chosen_part_does_not_read_is_refused_from_the_command_line(refusal):
     error = refusal("recipe=toy", "schedule.power=2")
-    assert error.message == "schedule.power=2: cubic_late does not read it"
+    assert error.message == "schedule.power=2: schedule=cubic_late does not read it"
     assert error.where == "schedule=cubic_late reads schedule.start, schedule.end"
     assert error.hint == "schedule.power is read by power"
 
