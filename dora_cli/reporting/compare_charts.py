@@ -178,7 +178,7 @@ def _draw_curves(axes: "Axes", setting: Setting, looks: Looks, name: str, narrow
     plain_numbers(axes, "x")
     axes.margins(y=0.06)
     if narrow or not ends or len(ends) > MOST_LABELS:  # the page names them above
-        axes.set_xlim(0, max(last, 1))
+        axes.set_xlim(0, 1.02 * max(last, 1))
     else:
         _label_ends(axes, ends, max(last, 1), looks)
 
