@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dora_cli.cli.folder_lists import split_list
 from dora_cli.cli.help import MERGE_KEYS, merge_help
 from dora_cli.cli.key_help import explain_plain
 from dora_cli.cli.run import answered, guard, split_flags
@@ -72,7 +73,7 @@ def typed(options: dict[str, str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = dict(options)
     if options["checkpoint"].startswith("["):
-        values["checkpoint"] = _items(options["checkpoint"])
+        values["checkpoint"] = split_list(options["checkpoint"])
         if not values["checkpoint"]:
             raise UserError("checkpoint=[] names no adapter", hint="write checkpoint=[runs/a,runs/b]")
     if "weights" in options:

@@ -1,12 +1,12 @@
 """Finds runs, compares them, writes the comparison's folder and says what came of it."""
 
-import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from os.path import expanduser
 from pathlib import Path
 
 from dora_cli.checkpoints.atomic import atomic_folder
+from dora_cli.cli.folder_lists import matches, split_list
 from dora_cli.config.differences import FREE_ON_RESUME
 from dora_cli.errors import UserError
 from dora_cli.reporting.compare import check_baseline, compare
@@ -74,7 +74,7 @@ def find_runs(values: Sequence[str]) -> tuple[list[Path], list[Path]]:
     runs: dict[Path, None] = {}
     others = []
     for word in (word for value in values for word in split_list(value)):
-        found = _matches(word)
+        found = matches(word)
         if not found:
             raise UserError(
                 f"runs={word}: there is no such folder", hint="name run folders, or a pattern such as 'runs/sweep/*'"
@@ -93,23 +93,6 @@ def find_runs(values: Sequence[str]) -> tuple[list[Path], list[Path]]:
         return not whole.isdisjoint(path.resolve().parents)
 
     return [path for path in runs if not is_part(path)], [path for path in others if not is_part(path)]
-
-
-def split_list(value: str) -> list[str]:
-    """``a,b`` and ``[a,b]`` as their parts; a part that has commas itself is recognised by being there.
-
-    A sweep's folders are called ``budget=0.1,seed=1``.
-    """
-    if value.startswith("[") and value.endswith("]"):
-        value = value[1:-1]
-    pieces = [piece.strip().strip("'\"") for piece in value.split(",")]
-    found: list[str] = []
-    while pieces:
-        joined = (n for n in range(len(pieces), 0, -1) if n == 1 or _matches(",".join(pieces[:n])))
-        n = next(joined)
-        found.append(",".join(pieces[:n]))
-        del pieces[:n]
-    return [part for part in found if part]
 
 
 def common_folder(folders: Sequence[Path]) -> Path:
@@ -136,14 +119,6 @@ def check_place(place: Path) -> None:
 def _is_comparison(place: Path) -> bool:
     names = [path.name for path in place.iterdir()]
     return INDEX in names and all(OURS.fullmatch(name) for name in names)
-
-
-def _matches(word: str) -> list[Path]:
-    """Folders of this name or pattern."""
-    word = expanduser(word)
-    if os.path.isdir(word):
-        return [Path(word)]
-    return [Path(found) for found in sorted(glob.glob(word, recursive=True)) if os.path.isdir(found)]
 
 
 def _runs_in(path: Path) -> Iterator[Path]:

@@ -13,8 +13,9 @@ from urllib.parse import unquote
 import pytest
 
 from dora_cli.cli import report_run
+from dora_cli.cli.folder_lists import split_list
 from dora_cli.cli.report import main, parse
-from dora_cli.cli.report_run import common_folder, find_runs, split_list
+from dora_cli.cli.report_run import common_folder, find_runs
 from dora_cli.cli.sweep import Job, Result, ending
 from dora_cli.errors import UserError
 

@@ -35,7 +35,7 @@ def test_the_plan_says_how_it_grows(dora_train: Train, capsys: pytest.CaptureFix
     assert re.search(r"36 components, [\d,]+ (to [\d,]+ )?parameters \(budget=r3\)", text)
     assert "24 → 27 → 30 → 33 → 36 after the events at steps 4, 8, 12, 16, 20" in text
     assert dora_train(*WORDS, "train.warmup=0.5", "dry_run=true") == 0
-    assert "growth starts at step 4, before the learning rate is warm" in " ".join(capsys.readouterr().out.split())
+    assert "growth starts at step 8, before the learning rate is warm" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
 
 
