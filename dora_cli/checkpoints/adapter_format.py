@@ -7,7 +7,7 @@ inference needs, and beside them ``method.json`` and ``method_state.safetensors`
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def write_adapter(
     state: Mapping[str, Tensor] | None = None,
     revision: str | None = None,
     tokens: Sequence[TokenRows] = (),
-    tokenizer: Any = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write low-rank updates and trained heads as a PEFT LoRA adapter whose scale is 1 in every module.
 
@@ -134,7 +134,7 @@ def write_adapter(
         state: tensors for ``method_state.safetensors``: scores, gates, history.
         revision: branch, tag or commit of the base on the hub.
         tokens: rows of new tokens, PEFT's ``trainable_token_indices``.
-        tokenizer: the one that knows them, saved beside (``save_pretrained``); null for the base's own.
+        beside: puts other files into the folder, such as the tokenizer that knows them, before all is listed.
     """
     _check(modules)
     decomposed = isinstance(modules[0], WeightDecomposed)
@@ -172,7 +172,7 @@ def write_adapter(
             tensors[f"{PREFIX}{module.name}.lora_magnitude_vector"] = module.magnitude.float()
     tensors |= {f"{PREFIX}{rows.name}.{TOKENS}": rows.rows.float() for rows in tokens}
     tensors |= {PREFIX + name: tensor for name, tensor in head.items()}
-    _write(Path(folder), config, tensors, {**method, "export": export}, state, tokenizer)
+    _write(Path(folder), config, tensors, {**method, "export": export}, state, beside)
 
 
 def write_full(
@@ -289,7 +289,7 @@ def _write(
     tensors: Mapping[str, Tensor],
     method: Mapping[str, Any],
     state: Mapping[str, Tensor] | None,
-    tokenizer: Any = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     with atomic_folder(path, replace=True) as folder:
         save_tensors(folder / WEIGHTS, tensors)
@@ -297,6 +297,6 @@ def _write(
         atomic_write_text(folder / METHOD, json.dumps(dict(method), indent=2))
         if state:
             save_tensors(folder / STATE, state)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        if beside:
+            beside(folder)
         write_manifest(folder)

@@ -13,16 +13,23 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from dora_cli.cli.help import EVAL_KEYS, MERGE_KEYS, REPORT_KEYS
 from dora_cli.cli.part_keys import part_keys
+from dora_cli.cli.plain_keys import COMPRESS_KEYS, EVAL_KEYS, MERGE_KEYS, REPORT_KEYS
 from dora_cli.config.recipes import GROUPS, offered, search_folders
 from dora_cli.config.schema import PART_GROUPS, Config
 from dora_cli.config.sweeps import LAUNCHERS, SWEEPERS
 from dora_cli.errors import UserError
 
 HELP = ("--help", "--version")
-FLAGS = {"dora-train": ("--multirun", "--config-dir", *HELP), "dora-merge": HELP, "dora-report": HELP}
+FLAGS: dict[str, tuple[str, ...]] = {"dora-train": ("--multirun", "--config-dir", *HELP)}
 FLAGS |= dict.fromkeys(("dora-eval", "dora-recipes"), ("--config-dir", *HELP))
+FLAGS |= dict.fromkeys(("dora-merge", "dora-compress", "dora-report"), HELP)
+PLAIN = {
+    "dora-merge": MERGE_KEYS,
+    "dora-compress": COMPRESS_KEYS,
+    "dora-eval": EVAL_KEYS,
+    "dora-report": REPORT_KEYS,
+}
 SHELLS = ("bash", "zsh", "fish")
 SUBCOMMANDS = ("list", "show", "copy", "diff", "completion")
 FILES = ("data.path", "data.cache", "checkpoint", "runs", "base", "adapter.init_from", "model.name", "recipe", "to")
@@ -31,6 +38,7 @@ BOOLS = ("true", "false")
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "base_weights": ("original", "dequantised"),
+    "rank_by": ("energy", "energy_per_parameter"),
     "split": ("train", "validation", "test"),
     "harness.chat_template": BOOLS,
     "hydra/launcher": tuple(LAUNCHERS),
@@ -91,12 +99,8 @@ def _of_recipes(before: Sequence[str], folders: Sequence[Path]) -> list[str] | N
 
 def _keys(command: str, current: str) -> Iterable[str]:
     """Keys, each with its ``=``; of a section only its name and a dot until that is written."""
-    if command == "dora-merge":
-        return [f"{key}=" for key in MERGE_KEYS]
-    if command == "dora-eval":
-        return [f"{key}=" for key in EVAL_KEYS]
-    if command == "dora-report":
-        return [f"{key}=" for key in REPORT_KEYS]
+    if command in PLAIN:
+        return [f"{key}=" for key in PLAIN[command]]
     section, dot, _ = current.partition(".")
     if not dot:
         nested = [f"{f.name}." for f in fields(Config) if is_dataclass(f.type)] + [f"{group}." for group in PART_GROUPS]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO, get_type_hints
 
 from dora_cli.cli.part_keys import part_keys, part_sentences
+from dora_cli.cli.plain_keys import COMPRESS_KEYS, EVAL_KEYS, MERGE_KEYS, REPORT_KEYS
 from dora_cli.config.recipes import offered, sentences
 from dora_cli.config.schema import MISSING, PART_GROUPS, Config
 from dora_cli.config.sweeps import LAUNCHERS, SWEEPERS
@@ -29,41 +30,6 @@ EXIT_CODES: dict[str, str] = {
 ENVIRONMENT = {
     "NO_COLOR, FORCE_COLOR": "without colours, or with them in a pipe as well",
     "HF_HUB_OFFLINE": "1: never reach for the network (as offline=true)",
-}
-MERGE_KEYS = {
-    "checkpoint": "run folder, or adapter folder; several: [runs/a,runs/b]",
-    "out": "folder for the merged model; must not hold one",
-    "base": "base model by hub name or folder; null: the one the adapter names",
-    "base_weights": "of a run on a quantised base: original, or dequantised as in training [original]",
-    "dtype": "auto, float32, bfloat16 or float16; auto keeps the base's [auto]",
-    "shard_size": "largest file [5GB]",
-    "combine": "how several become one: linear, ties, dare_linear or dare_ties",
-    "weights": "of several adapters, e.g. [0.7,0.3] [1 each]",
-    "density": "share of an update's elements that ties and dare keep [0.5]",
-    "seed": "of the elements that dare keeps [1]",
-    "heads_from": "the one whose head and tokens are kept, where several have some",
-    "push_to_hub": "repository on the hub to upload the model to",
-    "hub.private": "whether a new repository is private: true or false",
-}
-EVAL_KEYS = {
-    "checkpoint": "run folder, adapter folder, or model folder",
-    "recipe": "where task and data come from; null: the run's own",
-    "base": "base model by hub name or folder; null: the one the adapter names",
-    "model.quantization": "how the base is packed; left out: as in training, and a model not at all",
-    "split": "split to evaluate [validation]",
-    "data.path": "file or folder to evaluate on instead",
-    "out": "folder for the files; null: beside the checkpoint",
-    "harness": "tasks, groups or tags, e.g. [hellaswag,arc_easy]; * stands for anything",
-    "harness.limit": "only the first N rows of each task; null: all",
-    "harness.fewshot": "solved examples before each question; null: the task's own",
-    "harness.include_path": "folder with task files of your own",
-    "harness.chat_template": "ask in the words of the tokenizer's chat template [false]",
-}
-REPORT_KEYS = {
-    "runs": "run folders: a pattern ('runs/sweep/*', 'runs/**'), a list (a,b), or a folder of runs; may stand several "
-    "times",
-    "out": "folder for the comparison: new, empty, or one to replace [comparison, beside the runs]",
-    "baseline": "method or group that all are compared with, seed by seed [the best]",
 }
 HELP_FLAGS = {
     "-h, --help [KEY]": "this text; with a key, what it is and how it is set",
@@ -121,7 +87,7 @@ def train_help(folders: Sequence[Path]) -> str:
                 "dora-train recipe=runs/try/config.yaml out=runs/again      (repeats a run)",
                 "dora-train --help schedule.start",
             ),
-            *_see_also("dora-recipes", "dora-report", "dora-merge", "dora-eval"),
+            *_see_also("dora-recipes", "dora-report", "dora-merge", "dora-compress", "dora-eval"),
         ]
     )
 
@@ -155,7 +121,42 @@ def merge_help() -> str:
                 "dora-merge checkpoint=adapter base=FOLDER dtype=bfloat16 out=merged",
                 "dora-merge checkpoint=[runs/a,runs/b] combine=ties weights=[1,0.5] out=both",
             ),
-            *_see_also("dora-train", "dora-eval"),
+            *_see_also("dora-train", "dora-eval", "dora-compress"),
+        ]
+    )
+
+
+def compress_help() -> str:
+    """The text of ``dora-compress --help``."""
+    return "\n".join(
+        [
+            "usage: dora-compress checkpoint=RUN_OR_ADAPTER budget=B|energy=E out=DIR",
+            "",
+            *_wrap(
+                "Make a trained low-rank adapter smaller, without data: the singular values of all modules are ranked "
+                "together, and the best are kept. Adapters may be dora-train's, PEFT's, MLX-LM's or AdapterHub's. "
+                "Heads, magnitudes and new tokens stay as they are. dry_run=true says what would be lost."
+            ),
+            *_section("keys (defaults in brackets)", COMPRESS_KEYS),
+            *_section("flags", HELP_FLAGS),
+            *_section(
+                "files, in out",
+                {
+                    "adapter_*": "the adapter, in PEFT's layout",
+                    "compress.json": "ranks, errors, and the singular values kept and lost, by module",
+                    "method.json": "what inference does not need",
+                    "README.md": "a model card",
+                    "manifest.json": "size and SHA-256 of each file; checked when they are read",
+                },
+            ),
+            *_section("exit codes", EXIT_CODES),
+            *_examples(
+                "dora-compress checkpoint=runs/first dry_run=true",
+                "dora-compress checkpoint=runs/first budget=0.5 out=half",
+                "dora-compress checkpoint=adapter energy=0.99 out=small",
+                "dora-compress checkpoint=adapter budget=r8 export=uniform out=served",
+            ),
+            *_see_also("dora-train", "dora-eval", "dora-merge"),
         ]
     )
 
@@ -188,7 +189,7 @@ def eval_help() -> str:
                 "dora-eval checkpoint=runs/chat harness=[hellaswag,arc_easy] harness.limit=200",
                 "dora-eval checkpoint=merged recipe=glue_sst2 data.path=test.csv split=test",
             ),
-            *_see_also("dora-train", "dora-merge"),
+            *_see_also("dora-train", "dora-merge", "dora-compress"),
         ]
     )
 

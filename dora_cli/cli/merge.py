@@ -5,19 +5,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dora_cli.cli.folder_lists import split_list
-from dora_cli.cli.help import MERGE_KEYS, merge_help
+from dora_cli.cli.help import merge_help
 from dora_cli.cli.key_help import explain_plain
+from dora_cli.cli.plain_keys import MERGE_KEYS, read_plain, require
 from dora_cli.cli.run import answered, guard, split_flags
 from dora_cli.errors import UserError
-from dora_cli.registry import did_you_mean
 
 if TYPE_CHECKING:
     from dora_cli.checkpoints.merge import MergeReport
 
 REQUIRED = ("checkpoint", "out")
-COMBINING = ("combine", "weights", "density", "seed", "heads_from")
 HUB = ("push_to_hub", "hub.private")
-KEYS = (*REQUIRED, "base", "base_weights", "dtype", "shard_size", *COMBINING, *HUB)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,19 +47,8 @@ def parse(words: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: a word that is no ``key=value``, an unknown or repeated key, or a required one missing.
     """
-    options: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in KEYS:
-            raise UserError(f"unknown key '{key}'", hint=did_you_mean(key, KEYS))
-        if not equals:
-            raise UserError(f"'{word}' has no value", hint=f"write {word}=VALUE")
-        if key in options:
-            raise UserError(f"{key} is given twice", where=f"{key}={options[key]} and {word}")
-        options[key] = value
-    options = {key: value for key, value in options.items() if value not in ("", "null")}
-    if missing := [key for key in REQUIRED if key not in options]:
-        raise UserError(f"{missing[0]}= is missing", hint="dora-merge checkpoint=RUN_OR_ADAPTER out=DIR")
+    options = read_plain(words, MERGE_KEYS)
+    require(options, REQUIRED, "dora-merge checkpoint=RUN_OR_ADAPTER out=DIR")
     return options
 
 

@@ -34,6 +34,17 @@ def write_run_cards(composed: "Composed", summary: Mapping[str, Any], out: Path)
         _write(out / run_folder.MERGED, merged_card(facts))
 
 
+def write_compressed_card(folder: Path, source: Path, done: str) -> None:
+    """Write the card of a compressed adapter. Metrics were measured before, so there are none.
+
+    Args:
+        source: the folder of the adapter that it was made from.
+        done: the sentence that says what was done.
+    """
+    run = _of_run(source.absolute().parent)[1]
+    _write(folder, adapter_card(_facts(folder, {}, run, [], None), done))
+
+
 def merge_card(report: "MergeReport", repository: str | None) -> str:
     """The card of a merged model, from the run that its adapter is of where it lies in one.
 

@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from dora_cli.cli.help import REPORT_KEYS, report_help
+from dora_cli.cli.help import report_help
 from dora_cli.cli.key_help import explain_plain
+from dora_cli.cli.plain_keys import REPORT_KEYS
 from dora_cli.cli.run import answered, guard, split_flags
 from dora_cli.errors import UserError
 from dora_cli.registry import did_you_mean

@@ -1,6 +1,6 @@
 """What a run leaves: its weights as they are, in the layout that serves them (DESIGN 5)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def write_result(session: Session, folder: Path, record: dict[str, Any]) -> None
         base_name=session.source,
         revision=session.config.model.revision,
         tokens=[TokenRows(n, la.ids.tolist(), la.rows.detach().cpu()) for n, la in session.token_rows.items()],
-        tokenizer=session.tokenizer if session.new_tokens else None,
+        beside=session.tokenizer.save_pretrained if session.new_tokens else None,
     )
 
 
@@ -55,7 +55,7 @@ def write_trained(
     base_name: str | None,
     revision: str | None = None,
     tokens: Sequence[TokenRows] = (),
-    tokenizer: Any = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write weights as they are into ``folder``; ``about`` goes into ``method.json`` beside what they say themselves.
 
@@ -101,7 +101,7 @@ def write_trained(
         export=composed.config.export,
         state=trained.allocation.unit_state(),
         tokens=tokens,
-        tokenizer=tokenizer,
+        beside=beside,
         **common,
     )
 

@@ -93,10 +93,15 @@ class Facts:
         return f"{Path(recipe).stem}, {method}" if recipe and method else "model"
 
 
-def adapter_card(facts: Facts) -> str:
-    """The card of an adapter."""
+def adapter_card(facts: Facts, done: str = "") -> str:
+    """The card of an adapter.
+
+    Args:
+        done: a sentence on what was done to it after its training.
+    """
     trained = f" with the method `{facts.method['method']}`" if facts.method.get("method") else ""
     lines = [f"# {facts.title}", "", f"An adapter of {facts.base_words}, trained{trained} by dora_cli.", ""]
+    lines += [done, ""] if done else []
     lines += [*_budget(facts.summary), *_ranks(facts.method.get("ranks") or {}), *_metrics(facts.metrics)]
     lines += [*_loading(facts), *_repeat(facts)]
     return _header(facts, "peft", "adapter") + "\n".join(lines)

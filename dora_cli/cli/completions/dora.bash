@@ -21,4 +21,4 @@ _dora_complete() {
         COMPREPLY+=("$offer$end")
     done < <(dora-recipes completion words "${1##*/}" "${typed[@]:1}" 2>/dev/null)
 }
-complete -F _dora_complete dora-train dora-merge dora-eval dora-report dora-recipes
+complete -F _dora_complete dora-train dora-merge dora-compress dora-eval dora-report dora-recipes

@@ -1,4 +1,4 @@
-#compdef dora-train dora-merge dora-eval dora-report dora-recipes
+#compdef dora-train dora-merge dora-compress dora-eval dora-report dora-recipes
 # eval "$(dora-recipes completion zsh)"        (after compinit)
 _dora_complete() {
     local offer
@@ -12,4 +12,4 @@ _dora_complete() {
     compadd -S '' -a -- begun
     compadd -a -- whole
 }
-compdef _dora_complete dora-train dora-merge dora-eval dora-report dora-recipes
+compdef _dora_complete dora-train dora-merge dora-compress dora-eval dora-report dora-recipes
