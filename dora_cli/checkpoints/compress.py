@@ -139,8 +139,7 @@ def limit(budget: Budget, spectra: Spectra, n_targets: int) -> Target:
     if budget.kind == "average":
         target = Target(round(budget.value * n_targets), by_cost)
     else:
-        share = budget.value * spectra.parameters if budget.kind == "share" else budget.value
-        target = Target(math.floor(round(share, 6)), by_cost)  # 0.7 × 30 is a little less than 21
+        target = share_of(spectra, budget.value) if budget.kind == "share" else Target(round(budget.value), by_cost)
     word, there = ("parameters", spectra.parameters) if by_cost else ("components", sum(spectra.stored))
     if target.limit > there:
         raise UserError(
@@ -156,17 +155,29 @@ def limit(budget: Budget, spectra: Spectra, n_targets: int) -> Target:
     return target
 
 
+def share_of(spectra: Spectra, share: float) -> Target:
+    """The number of parameters that a share of the adapter's is, rounded down."""
+    return Target(math.floor(round(share * spectra.parameters, 6)), by_cost=True)  # 0.7 × 30 is a little below 21
+
+
 def within(spectra: Spectra, target: Target, rank_by: str) -> Choice:
-    """The largest prefix of the ranking that fits: a smaller limit keeps a part of what a larger one does.
+    """The best of the ranking, each that still fits: so no more than the limit, and nothing that fits is left out.
+
+    What is kept of a module is its largest values nevertheless: all of its components have one cost.
 
     Args:
         target: components, or parameters.
         rank_by: ``energy`` ranks by σ², which loses least at a number of components; ``energy_per_parameter`` by σ²
-            over the cost of a component, which is the greedy answer for a number of parameters.
+            over the cost of a component, the greedy answer for a number of parameters. By that a larger limit never
+            loses more: all that is taken after one that does not fit is worth less than that one.
     """
     order, module, _, costs = _ranked(spectra, rank_by)
-    spent = (costs[order] if target.by_cost else torch.ones_like(order)).cumsum(0)
-    return _prefix(spectra, module[order], int((spent <= target.limit).sum()))
+    ranks, left = [0] * len(spectra.names), target.limit
+    for m, cost in zip(module[order].tolist(), costs[order].tolist(), strict=True):
+        cost = cost if target.by_cost else 1
+        if cost <= left:
+            ranks[m], left = ranks[m] + 1, left - cost
+    return Choice(spectra, ranks)
 
 
 def reaching(spectra: Spectra, share: float, rank_by: str) -> Choice:
@@ -174,7 +185,7 @@ def reaching(spectra: Spectra, share: float, rank_by: str) -> Choice:
     order, module, energies, _ = _ranked(spectra, rank_by)
     sums = energies[order].cumsum(0)
     count = len(order) if share == 1 else int((sums < share * sums[-1]).sum()) + 1
-    return _prefix(spectra, module[order], count)
+    return Choice(spectra, torch.bincount(module[order[:count]], minlength=len(spectra.names)).tolist())
 
 
 def one_rank_within(spectra: Spectra, target: Target) -> Choice:
@@ -216,10 +227,6 @@ def _ranked(spectra: Spectra, rank_by: str) -> tuple[Tensor, Tensor, Tensor, Ten
     costs = torch.tensor(spectra.costs)[module]
     worth = energies / costs if rank_by == "energy_per_parameter" else energies
     return torch.argsort(worth, descending=True, stable=True), module, energies, costs
-
-
-def _prefix(spectra: Spectra, modules: Tensor, count: int) -> Choice:
-    return Choice(spectra, torch.bincount(modules[:count], minlength=len(spectra.names)).tolist())
 
 
 def _cost(ranks: Sequence[int], costs: Sequence[int]) -> int:

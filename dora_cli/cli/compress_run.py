@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_cli.allocation.budget import Target
 from dora_cli.checkpoints.adapter_file import AdapterFile, Update, read_adapter
 from dora_cli.checkpoints.adapter_format import (
     CONFIG,
@@ -30,6 +29,7 @@ from dora_cli.checkpoints.compress import (
     one_rank_reaching,
     one_rank_within,
     reaching,
+    share_of,
     singular_values,
     truncated,
     within,
@@ -62,10 +62,10 @@ def compress_adapter(options: Options) -> int:
     if options.dry_run == "json":
         print(json.dumps(facts | {"curve": curve(options, spectra)}, indent=2))
     elif options.dry_run == "true":
-        print("\n".join([*describe(adapter, choice, "would be compressed"), *table(options, spectra)]))
+        print("\n".join([*describe(adapter, choice, "would be written"), *table(options, spectra)]))
     elif options.out is not None:
         write(options.out, adapter, choice, facts)
-        print("\n".join([*describe(adapter, choice, "compressed"), *_next_steps(options.out, adapter)]))
+        print("\n".join([*describe(adapter, choice, "written"), *_next_steps(options.out, adapter)]))
     return 0
 
 
@@ -154,7 +154,8 @@ def describe(adapter: AdapterFile, choice: Choice, done: str) -> list[str]:
         f"{done}: {before:,} → {after:,} parameters ({100 * after / before:.1f} %)",
         f"  adapter     {adapter.folder}",
         f"  components  {stored:,} → {sum(ranks):,}" + (f", {dependent:,} changed nothing" if dependent else ""),
-        f"  ranks       {min(ranks)} to {max(ranks)} in {len(ranks):,} modules, {ranks.count(0):,} of them empty",
+        f"  ranks       {min(ranks)} to {max(ranks)} in {_count(len(ranks), 'module')}"
+        + (f", {ranks.count(0):,} of them emptied" if 0 in ranks else ""),
         f"  kept        {_percent(choice.energy)} of Σσ²; relative error of ΔW {choice.error:.3g}",
     ]
     if choice.uniform:
@@ -195,7 +196,7 @@ def curve(options: Options, spectra: Spectra) -> list[dict[str, Any]]:
     """The same as numbers: for some shares of the parameters, as far as these keep anything."""
     rows = []
     for share in SHARES:
-        target = Target(int(share * spectra.parameters), by_cost=True)
+        target = share_of(spectra, share)
         if target.limit < (sum(spectra.costs) if options.uniform else min(spectra.costs)):
             continue
         rank_by = options.rank_by or PER_PARAMETER
@@ -276,12 +277,13 @@ def _head(adapter: AdapterFile, adapted: set[str]) -> dict[str, Tensor]:
 def _next_steps(out: Path, adapter: AdapterFile) -> list[str]:
     """What can be done with it, as commands."""
     here, base = quote(str(out)), "" if adapter.base_name else " base=BASE"
-    folders = (adapter.folder, adapter.folder.absolute().parent)
-    recipe = next((quote(str(f / run_folder.CONFIG)) for f in folders if run_folder.is_run(f)), "NAME")
+    folders = (adapter.folder, adapter.folder.parent)
+    noted = adapter.method.get("recipe")
+    recipe = next((str(f / run_folder.CONFIG) for f in folders if run_folder.is_run(f)), noted or "NAME")
     return [
         f"  out         {out}",
         "next:",
-        f"  dora-eval checkpoint={here} recipe={recipe}{base}",
+        f"  dora-eval checkpoint={here} recipe={quote(str(recipe))}{base}",
         f"  dora-merge checkpoint={here}{base} out={quote(str(out.with_name(f'{out.name}-merged')))}",
     ]
 
