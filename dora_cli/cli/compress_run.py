@@ -75,7 +75,8 @@ def read_spectra(adapter: AdapterFile) -> Spectra:
     Raises:
         UserError: a factor holds numbers that are not finite, or there is no update at all.
     """
-    parts = adapter.modules.parts
+    order = {name: place for place, name in enumerate(_noted(adapter))}  # the model's; a file is sorted by name
+    parts = dict(sorted(adapter.modules.parts.items(), key=lambda part: order.get(part[0], len(order))))
     values = []
     for name in parts:
         update = adapter.modules[name]

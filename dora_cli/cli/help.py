@@ -18,6 +18,7 @@ from dora_cli.registry import part_table
 
 WIDTH = 80
 COLUMN = 30
+KEPT = "\N{NO-BREAK SPACE}"  # between words that stay on one line
 
 EXIT_CODES: dict[str, str] = {
     "0": "success",
@@ -142,7 +143,7 @@ def compress_help() -> str:
             *_section(
                 "files, in out",
                 {
-                    "adapter_*": "the adapter, in PEFT's layout",
+                    "adapter_*": "the adapter, in PEFT's layout, float32",
                     "compress.json": "ranks, errors, and the singular values kept and lost, by module",
                     "method.json": "what inference does not need",
                     "README.md": "a model card",
@@ -323,7 +324,8 @@ def _sweeps() -> dict[str, str]:
 
 
 def _wrap(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+    lines = textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return [line.replace(KEPT, " ") for line in lines]
 
 
 def _section(title: str, rows: Mapping[str, str]) -> list[str]:
@@ -359,7 +361,7 @@ def shown(value: Any) -> str:
 
 
 def _see_also(*commands: str) -> Iterable[str]:
-    return ["", "see also:", f"  {', '.join(f'{command} --help' for command in commands)}"]
+    return ["", "see also:", *_wrap(", ".join(f"{command}{KEPT}--help" for command in commands), "  ")]
 
 
 def _examples(*lines: str) -> Iterable[str]:

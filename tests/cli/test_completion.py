@@ -58,6 +58,7 @@ def test_other_commands_offer_their_own_words(tmp_path):
     left = words("dora-merge", ["checkpoint=x"], "")
     assert left[:5] == ["out=", "base=", "base_weights=", "dtype=", "shard_size="] and "combine=" in left
     assert words("dora-merge", [], "dtype=b") == ["dtype=bfloat16"]
+    assert words("dora-compress", ["checkpoint=x"], "rank_by=energy_") == ["rank_by=energy_per_parameter"]
     assert words("dora-report", [], "") == ["runs=", "out=", "baseline="]
     assert words("dora-recipes", [], "s") == ["show"]
     assert "quickstart" in words("dora-recipes", ["show"], "") and words("dora-recipes", ["copy", "x"], "") == ["to="]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_cli.cli.help import eval_help, merge_help, recipes_help, report_help, styled, train_help
+from dora_cli.cli.help import compress_help, eval_help, merge_help, recipes_help, report_help, styled, train_help
 from dora_cli.cli.key_help import explain
 from dora_cli.cli.part_keys import part_keys
 from dora_cli.cli.parts import load_parts
@@ -119,7 +119,7 @@ def test_a_pipe_gets_control_codes_where_they_are_asked_for(given, bold):
 
 
 @pytest.mark.parametrize(
-    "text", [train_help([recipes_dir()]), merge_help(), eval_help(), recipes_help(), report_help()]
+    "text", [train_help([recipes_dir()]), merge_help(), compress_help(), eval_help(), recipes_help(), report_help()]
 )
 def test_help_fits_80_columns(text):
     assert max(len(line) for line in text.splitlines()) <= 80

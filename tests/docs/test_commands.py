@@ -95,6 +95,7 @@ def test_every_excuse_is_needed(typed: dict[str, list[Any]], reading: Any, worki
 
 def test_every_word_of_every_command_is_known(typed: dict[str, list[Any]]) -> None:
     """Flags, names, keys, types and ranges; without composing, so for all pages in a second."""
+    from dora_cli.cli import compress as compressing
     from dora_cli.cli import eval as evaluating
     from dora_cli.cli import merge as merging
     from dora_cli.cli.parts import load_parts
@@ -111,8 +112,8 @@ def test_every_word_of_every_command_is_known(typed: dict[str, list[Any]]) -> No
     def check(command: Any) -> bool:
         words = words_of_training(command)
         if words is None:
-            others = {"dora-merge": merging.parse, "dora-eval": evaluating._split}
-            read = others.get(command.program)
+            others: dict[str, Any] = {"dora-merge": merging.parse, "dora-eval": evaluating._split}
+            read = (others | {"dora-compress": compressing.parse}).get(command.program)
             return read is not None and bool(read(split_flags(command.words[1:]).overrides))
         arguments = split_flags(words)
         overrides = arguments.overrides
