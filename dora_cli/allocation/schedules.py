@@ -245,7 +245,7 @@ class Auto(Schedule):
         default=1.5,
         metadata={"help": "factor of the next cut's share after one that was kept, up to a quarter", "low": 1.0},
     )
-    patience: int = field(default=4, metadata={"help": "cuts in a row that are taken back before the last", "low": 1})
+    patience: int = field(default=4, metadata={"help": "it ends when so many cuts in a row were put back", "low": 1})
     floor: int = field(default=1, metadata={"help": "components that are left at least, in all", "low": 1})
     rows: int = field(default=256, metadata={"help": "validation rows whose loss decides, drawn once", "low": 1})
     events: int = field(

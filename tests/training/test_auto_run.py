@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dora_cli.allocation.controller import Allocation
 from dora_cli.api import adapt
+from dora_cli.errors import UserError
 from dora_cli.processes import World
 from dora_cli.training import passes
 
@@ -160,6 +161,8 @@ def test_a_loop_of_ones_own_gives_the_loss() -> None:
             asked.append(float((net(x) - y).square().mean()))
         return asked[-1]
 
+    with pytest.raises(UserError, match=r"budget=0\.5 and schedule=auto contradict each other"):
+        adapt(net, method="adalora", schedule="auto", budget=0.5, options=options, probe=probe)
     dora = adapt(net, method="adalora", schedule="auto", total_steps=40, options=options, probe=probe)
     optimizer = torch.optim.AdamW(dora.parameter_groups(1e-2))
     events = []

@@ -315,7 +315,6 @@ def test_any_module_takes_adapters_and_parts_by_object(tmp_path: Path) -> None:
         ({"method": "eva", "budget": "r2"}, "looks at training data"),
         ({"method": "alora", "budget": "r2"}, "asks for the loss on a fixed batch"),
         ({"schedule": "auto", "budget": None}, "schedule=auto asks for the loss on held-out rows"),
-        ({"schedule": "auto", "probe": lambda: 1.0}, "budget=0.5 and schedule=auto contradict each other"),
         ({"heads": ["lost"]}, "no module 'lost'"),
         ({"heads": "last"}, "heads='last' is no list of names"),
         ({"seed": "one"}, "seed='one' is no seed"),
