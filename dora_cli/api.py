@@ -74,7 +74,8 @@ def adapt(
         heads: full names of modules to train and save in full; None takes what a model of transformers has outside its
             base model, such as ``classifier``, and nothing of any other model.
         options: options of the parts as on the command line: ``{"adapter.rank": 8, "schedule.end": 0.4}``.
-        probe: the loss on a fixed batch, for methods that ask for it (``alora``); in eval mode and without gradients.
+        probe: the loss on a fixed batch, for methods that ask for it (``alora``, ``schedule="auto"``); in eval mode and
+            without gradients.
         seed: of where the factors start, and of dropout masks. The global random numbers stay as they are.
         export: ``exact`` or ``uniform``, as for ``dora-train``.
         parts: ``adapter``, ``importance``, ``schedule``, ``allocator`` or ``regularizer``: another part than the
@@ -123,6 +124,7 @@ def adapt(
         total_steps=total,
         target=target,
         probe=probe,
+        held_out=probe,
         units=units,
         rebuilds=rebuilds,
     )

@@ -40,6 +40,11 @@ def check_needs(composed: Composed, start: Any, probe: Callable[[], float] | Non
         )
     if getattr(composed.parts["adapter"], "init_from", None) is not None:
         raise UserError("adapter.init_from is for dora-train", hint="load the weights you start from yourself")
+    if composed.parts["schedule"].finds_budget and probe is None:
+        raise UserError(
+            f"schedule={composed.names['schedule']} asks for the loss on held-out rows",
+            hint="give adapt() a probe=… that returns it as a number, always of the same rows",
+        )
     if "probe" in composed.parts["importance"].needs and probe is None:
         raise UserError(
             f"importance={composed.names['importance']} asks for the loss on a fixed batch",

@@ -15,6 +15,7 @@ SCHEDULES = {
     "step": "dora_cli.allocation.schedules:Step",
     "one_shot": "dora_cli.allocation.schedules:OneShot",
     "constant": "dora_cli.allocation.schedules:Constant",
+    "auto": "dora_cli.allocation.schedules:Auto",
 }
 IMPORTANCES = {
     "component_norm": "dora_cli.allocation.importance.component_norm:ComponentNorm",

@@ -9,7 +9,7 @@ for step in range(1, T + 1):
     optimizer.zero_grad()
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from dora_cli.allocation.allocators.base import Allocator, Event
 from dora_cli.allocation.budget import Target
 from dora_cli.allocation.importance.base import Importance
 from dora_cli.allocation.regularizers.base import Regularizer
-from dora_cli.allocation.schedules import Schedule
+from dora_cli.allocation.schedules import Auto, Schedule
 from dora_cli.allocation.select import prefix_closed
 from dora_cli.allocation.standing import standing
 from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.trials import Trials
 from dora_cli.allocation.verdict import TAKEN, Verdict
 
 DEAD_SHARE = 0.25  # compact before the end only when this much is dead, and
@@ -39,6 +40,7 @@ class Allocation:
         total_steps: optimizer steps T of the run; steps count from 1.
         target: the resolved budget; None where the method has none.
         probe: the loss on a fixed validation batch, for importances that need it.
+        held_out: the loss on held-out rows, for a schedule that finds the budget.
         units: what is allocated: ``components``, ``tensors``, or whole ``modules``.
         agree: of several processes, gives each the scores of one of them, so that all choose the same to the bit.
         rebuilds: whether what is dropped leaves its tensors while training goes on; where not, they keep their shapes,
@@ -59,16 +61,19 @@ class Allocation:
         total_steps: int,
         target: Target | None = None,
         probe: Callable[[], float] | None = None,
+        held_out: Callable[[], float] | None = None,
         units: str = "components",
         agree: Callable[[Tensor], Tensor] = lambda scores: scores,
         rebuilds: bool = True,
     ) -> None:
         self.table = UnitTable(layers, units)
+        if isinstance(schedule, Auto):
+            allocator = Trials(schedule, allocator, self._held_out)
         self.schedule, self.importance, self.allocator, self.regularizer = schedule, importance, allocator, regularizer
         self.window = allocator.window(schedule, total_steps)
         self.by_cost = target is not None and target.by_cost and allocator.mode in ("shrink", "grow", "constant")
         self.first, self.last = allocator.bounds(self.table, target)
-        self.probe, self.agree, self.rebuilds = probe, agree, rebuilds
+        self.probe, self.held_out, self.agree, self.rebuilds = probe, held_out, agree, rebuilds
         self.start_count, self.start_cost = len(self.table), int(self.table.cost.sum())
         allocator.attach(self.table)
         importance.attach(self.table)
@@ -91,6 +96,12 @@ class Allocation:
         if self.schedule.one_event and step != self.window.end:
             return False
         return self.allocator.is_event(step, self.window)
+
+    def counts(self, steps: Sequence[int]) -> list[int]:
+        """What may live after each of the events at ``steps``; where that is found by trial, at least."""
+        if isinstance(self.schedule, Auto):
+            return self.schedule.fastest(self.first, self.last, len(steps))
+        return [self.schedule.count(step, self.window, self.first, self.last) for step in steps]
 
     def on_empty(self, callback: Callable[[str], None]) -> None:
         """Call back with the name of each module in which nothing lives and nothing can return."""
@@ -178,6 +189,10 @@ class Allocation:
     def _elements(self) -> list[Tensor]:
         elements = self.importance.elements(self.table, self._masked_loss if self.probe else None)
         return list(self.agree(torch.cat(elements)).split([len(flat) for flat in elements])) if elements else []
+
+    def _held_out(self) -> float:
+        assert self.held_out is not None, "whoever builds the loop gives one to a schedule that asks for it"
+        return float(self.agree(torch.tensor([self.held_out()], dtype=torch.float64)))
 
     def _masked_loss(self, mask: Tensor) -> float:
         assert self.probe is not None

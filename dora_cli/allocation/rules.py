@@ -147,6 +147,13 @@ def _check_schedule(schedule: Any, allocator: Any, names: dict[str, str]) -> Non
             f"allocator={names['allocator']} follows a schedule, but schedule={names['schedule']} never moves",
             hint="choose another schedule, such as schedule=cubic_late",
         )
+    if schedule.finds_budget and allocator.scores and not allocator.tries:
+        able = [name for name in ALLOCATORS if load(ALLOCATORS, name, key="").tries]
+        raise UserError(
+            f"allocator={names['allocator']} and schedule={names['schedule']} do not go together",
+            where=f"schedule={names['schedule']} cuts on trial and puts back what is missed",
+            hint=f"use allocator={' or '.join(able)}, or set a budget and another schedule, such as cubic_late",
+        )
     if schedule.moves and not allocator.scores:
         raise UserError(
             f"schedule={names['schedule']} needs an allocator that carries it out, but allocator=none acts on nothing",

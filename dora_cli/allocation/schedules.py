@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from dora_cli.errors import UserError
 
+MOST_CUT = 0.25  # of what lives, to which cuts grow
 Steps = int | float  # a float in (0, 1] is a share of the run, a whole number is steps
 
 
@@ -58,6 +59,8 @@ class Schedule:
 
     moves: ClassVar[bool] = True
     one_event: ClassVar[bool] = False  # nothing happens before the end
+    own: ClassVar[frozenset[str]] = frozenset()  # options for which methods' values, meant for other shapes, don't hold
+    finds_budget: ClassVar[bool] = False  # there is none to work towards: what is left is found by trial
 
     def __post_init__(self) -> None:
         if isinstance(self.start, int) == isinstance(self.end, int) and self.start > self.end:
@@ -220,3 +223,64 @@ class Constant(Schedule):
 
     def count(self, step: int, window: Window, first: int, last: int) -> int:
         return first
+
+
+@dataclass
+class Auto(Schedule):
+    """No budget: cut, recover, and keep the cut if a held-out loss stays within a tolerance of its best (METHODS 11.2).
+
+    Unlike there, cuts that are kept grow, as steps of a line search do: a short run has few events. It ends all the
+    same, for each event lowers what lives, or halves the cut and comes nearer to ``patience``.
+    """
+
+    start: Steps = field(default=0.3, metadata={"help": "first cut: share of the run, or step", "low": 0})
+    end: Steps = field(default=0.8, metadata={"help": "final choice: share of the run, or step", "low": 0})
+    tolerance: float = field(
+        default=0.02, metadata={"help": "share by which the held-out loss may exceed its best", "low": 0.0}
+    )
+    cut: float = field(
+        default=0.1, metadata={"help": "share of what lives that the first cut takes", "above": 0.0, "high": 0.5}
+    )
+    growth: float = field(
+        default=1.5,
+        metadata={"help": "factor of the next cut's share after one that was kept, up to a quarter", "low": 1.0},
+    )
+    patience: int = field(default=4, metadata={"help": "it ends when so many cuts in a row were put back", "low": 1})
+    floor: int = field(default=1, metadata={"help": "components that are left at least, in all", "low": 1})
+    rows: int = field(default=256, metadata={"help": "validation rows whose loss decides, drawn once", "low": 1})
+    events: int = field(
+        default=24,
+        metadata={"help": "events at most: in a long window they lie further apart than allocator.interval", "low": 2},
+    )
+
+    finds_budget: ClassVar[bool] = True
+    own: ClassVar[frozenset[str]] = frozenset(
+        {"start", "end"}
+    )  # a loss that still falls by itself hides what is missed
+
+    def progress(self, x: float) -> float:
+        raise NotImplementedError("nobody knows it beforehand")
+
+    def count(self, step: int, window: Window, first: int, last: int) -> int:
+        """What nothing exceeds."""
+        return first
+
+    def spacing(self, interval: int, window: Window) -> int:
+        """Steps that a cut has to recover: ``interval``, or more where ``events`` would not do."""
+        return max(interval, math.ceil((window.end - window.start) / (self.events - 1)))
+
+    def size(self, cut: float, alive: int, floor: int) -> int:
+        """Units that a cut of a share takes: one at least, and none of the last ``floor``."""
+        return max(0, min(max(1, math.ceil(round(cut * alive, 9))), alive - floor))
+
+    def grown(self, cut: float) -> float:
+        """The share of the cut after one that was kept."""
+        return max(cut, min(cut * self.growth, MOST_CUT))
+
+    def fastest(self, first: int, floor: int, events: int) -> list[int]:
+        """What lives after each event if every cut is kept; the last event only decides."""
+        alive, cut, counts = first, self.cut, list[int]()
+        for _ in range(events - 1):
+            alive, cut = alive - self.size(cut, alive, floor), self.grown(cut)
+            counts.append(alive)
+        return [*counts, alive]

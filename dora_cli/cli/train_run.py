@@ -40,6 +40,7 @@ from dora_cli.training.loop import Hooks, train
 from dora_cli.training.parallel import agree
 from dora_cli.training.plan import alive_word, describe
 from dora_cli.training.setup import Begin, Session, build, join_siblings
+from dora_cli.training.sizing import budget_word
 from dora_cli.training.state import Progress, capture, restore
 from dora_cli.training.summary import peaks, summarise
 
@@ -58,8 +59,7 @@ def run(composed: Composed, world: World = ALONE, built: Callable[[Session], obj
     if config.train.base == "apart" and built is None:
         raise UserError("train.base=apart is for a run by itself", hint="start each run of a sweep with torchrun")
     built = built or (lambda session: None)
-    budget = config.budget if composed.parts["adapter"].budgeted else None
-    default = run_folder.default_out(composed.recipe, composed.method, budget, config.seed)
+    default = run_folder.default_out(composed.recipe, composed.method, budget_word(composed), config.seed)
     out = Path(config.out) if config.out else default
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -264,7 +264,7 @@ class _Run:
             total_steps=session.total_steps,
             start_units=session.allocation.start_count,
             most_units=session.allocation.most_count if session.allocation.allocator.scores else 0,
-            final_units=f"{session.allocation.last:,}",
+            final_units="auto" if session.allocation.schedule.finds_budget else f"{session.allocation.last:,}",
             metric=session.task.metric_names[0],
             log=out / run_folder.LOG,
             first_step=self.progress.step,

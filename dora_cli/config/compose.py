@@ -80,6 +80,7 @@ def compose(
     with opened(recipe, schema, folders, [o.line for o in typed if o.key != "recipe"]) as composition:
         layers = composition.layers()
         origin = _check_leaves(layers, typed, keys)
+        last = {leaf.key: layer.name for layer in layers for leaf in layer.leaves()}
         if to_run:
             _check_sweep(layers, typed, recipe)
         cfg = composition.config()
@@ -94,6 +95,8 @@ def compose(
         names[group] = name = values[group].pop("name")
         if name not in parts[group]:
             raise UserError(f"unknown {group} '{name}'", where=origin.get(f"{group}.name"))
+        said = {key for key, layer in last.items() if layer.startswith(("method/", "tuned/")) and key not in given}
+        values[group] = meant(group, parts[group][name], values[group], said)
         options, unread = part_options(group, name, values[group], parts, given)
         built[group] = build_part(group, parts[group][name], options, origin)
         values[group] = {"name": name, **options}
@@ -209,6 +212,13 @@ def _check_ranges(values: Mapping[str, Any], keys: Mapping[str, Key], origin: Ma
             value = value[part]
         check_type(key, value, origin.get(name))  # what an interpolation has become
         check_range(key, value, origin.get(name))
+
+
+def meant(group: str, part: type, values: Mapping[str, Any], said: Iterable[str]) -> dict[str, Any]:
+    """A part's options without those that a method says (``said``, keys) of the part that it chose itself, where the
+    part declares that they hold for no other (``own``)."""
+    aside = {key for key in said if key.partition(".")[2] in getattr(part, "own", ())}
+    return {option: value for option, value in values.items() if f"{group}.{option}" not in aside}
 
 
 def part_options(

@@ -6,7 +6,7 @@ from typing import Any
 from yaml import safe_load
 
 from dora_cli.config.check import check_type, find_key, known_keys, show
-from dora_cli.config.compose import Composed, Parts, build_part, part_options, root_schema
+from dora_cli.config.compose import Composed, Parts, build_part, meant, part_options, root_schema
 from dora_cli.config.recipes import check_choice, choices, recipes_dir
 from dora_cli.config.schema import PART_GROUPS, Config
 from dora_cli.errors import UserError
@@ -56,9 +56,13 @@ def from_preset(
             built[group] = part
             continue
         check_choice(group, part, folders)
-        values = preset.get(group, {}) | {name.partition(".")[2]: value for name, value in given.items()}
+        said = {f"{group}.{option}": value for option, value in preset.get(group, {}).items()}
+        values = meant(group, parts[group][part], preset.get(group, {}), said) | {
+            name.partition(".")[2]: value for name, value in given.items()
+        }
         filled, unread = part_options(group, part, values, parts, given)
         names[group], built[group] = part, build_part(group, parts[group][part], filled, {})
         dropped += unread
     config = Config(budget=budget, seed=seed, export=export)
-    return Composed(config, built, names, "", method, dropped, "")
+    origin: dict[str, str | None] = {"budget": None} if budget is not None else {}
+    return Composed(config, built, names, "", method, dropped, "", origin=origin)

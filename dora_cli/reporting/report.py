@@ -220,11 +220,12 @@ def _draw_budget(axes: "Axes", run: Run) -> None:
     steps = [event["step"] for event in run.events]
     alive = [event["params" if by_cost else "alive"] for event in run.events]
     asked = [event["budget"] for event in run.events]
+    dashed = "alive or on trial" if "auto" in run.events[-1] else "budget asked for"
     if run.summary is not None:
         steps.insert(0, 0)
         for values in (alive, asked):
             values.insert(0, run.summary["budget"]["params_start" if by_cost else "components_start"])
-    axes.step([*steps, last], [*asked, asked[-1]], where="post", color=MUTED, linestyle="--", label="budget asked for")
+    axes.step([*steps, last], [*asked, asked[-1]], where="post", color=MUTED, linestyle="--", label=dashed)
     label = "alive" if run.events[-1].get("budget_unit") in ("components", "parameters") else "in training"
     axes.step([*steps, last], [*alive, alive[-1]], where="post", color=SERIES[0], label=label)
     axes.set_ylim(bottom=0)

@@ -39,6 +39,8 @@ class Run:
     def budget(self) -> str:
         """As it was asked for; empty where it does not apply."""
         asked = self.config.get("budget") if self.summary is None else self.summary["budget"]["requested"]
+        if self.summary is None and self.choices.get("schedule") == "auto":  # the recipe's is not worked towards
+            asked = "auto"
         return "" if asked is None else str(asked)
 
     @property

@@ -86,6 +86,13 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
             bar.stop()
 
 
+def trial(decision: Mapping[str, Any]) -> str:
+    """What an event of ``schedule=auto`` has decided."""
+    what = {True: "kept", False: "undone"}.get(decision["committed"])
+    cut = f"cut of {decision['tried']} {what}" if what else "no cut to decide"
+    return f"{cut}: held-out loss {number(decision['loss'])}, best {number(decision['best'])}"
+
+
 class View:
     """Shows a run as it goes.
 
@@ -163,8 +170,11 @@ class View:
             self.line(self._train_line())
 
     def event(self, record: Mapping[str, Any]) -> None:
-        """In the log each; elsewhere the final choice alone, since lines of training say how many units there are."""
+        """In the log each; elsewhere the final choice alone, since lines of training say how many units there are, and
+        what was decided by trial."""
         self.record["alive"] = record["alive"]
+        if "auto" in record:
+            self.line(f"step {record['step']}/{self.total}  {trial(record['auto'])}")
         if record["step"] != self.final_step:
             self.log(
                 f"step {record['step']}  allocation: {record['alive']} units {self.word}, budget {record['budget']}"

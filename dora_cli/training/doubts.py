@@ -87,18 +87,19 @@ def _window(known: Facts) -> Iterator[Doubt]:
             "set schedule.end=0.5, or train for longer",
         )
     if len(schedule["events"]) == 1 and not schedule["one_event"]:
+        decided = "nothing can be tried" if schedule["found"] else "all is decided at once"
         first = max(1, schedule["start"])  # there is no step 0
         if first == end:
             yield Doubt(
                 "schedule.end",
-                f"the window of allocation is step {end} alone: all is decided at once",
+                f"the window of allocation is step {end} alone: {decided}",
                 "set schedule.start and schedule.end further apart, or train for longer",
             )
             return
         yield Doubt(
             "allocator.interval",
             f"allocator.interval={schedule['interval']} leaves one allocation event in the window, steps "
-            f"{first} to {end}: all is decided at once",
+            f"{first} to {end}: {decided}",
             f"set allocator.interval={max(1, (end - first) // 10)}, or train for longer",
         )
 

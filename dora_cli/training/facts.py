@@ -13,6 +13,7 @@ from dora_cli.models.quantised import weight_count
 from dora_cli.training.loop import every_steps
 from dora_cli.training.optim import warmup_steps
 from dora_cli.training.setup import Session
+from dora_cli.training.sizing import budget_word
 
 Facts = dict[str, Any]
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer, in a module's name
@@ -41,7 +42,7 @@ def _run(session: Session, out: str) -> Facts:
         "recipe": composed.recipe,
         "method": composed.method,
         "parts": dict(composed.names),
-        "budget": config.budget if session.budget else None,
+        "budget": budget_word(composed),
         "seed": config.seed,
         "out": out,
         "device": str(session.device),
@@ -134,6 +135,8 @@ def _adapter(session: Session) -> Facts:
         units, parameters = end_bounds(allocation.last, sorted(costs), allocation.by_cost, allocator.grows)
         if allocator.mode == "constant" and not allocator.restores(units[1], len(layers)):
             units[0], parameters[0] = 1, min(costs)
+        if allocation.schedule.finds_budget:  # as few as that, or all
+            units[1], parameters[1] = allocation.start_count, allocation.start_cost
         found |= {"units_end": units, "parameters_end": parameters}
     return found
 
@@ -160,7 +163,8 @@ def _schedule(session: Session) -> Facts:
     allocation = session.allocation
     window = allocation.window
     steps = [t for t in range(1, window.end + 1) if allocation.is_event(t)]
-    count, preset = allocation.schedule.count, session.composed.preset
+    counts = allocation.counts(steps)
+    preset = session.composed.preset
     starts = {"schedule.start": allocation.schedule.start, "train.warmup": session.config.train.warmup}
     return {
         "mode": allocation.allocator.mode,
@@ -173,8 +177,15 @@ def _schedule(session: Session) -> Facts:
         "last": allocation.last,
         "interval": allocation.allocator.interval,
         "one_event": allocation.schedule.one_event,
-        "events": [[t, count(t, window, allocation.first, allocation.last)] for t in steps],
+        "events": [[t, count] for t, count in zip(steps, counts, strict=True)],
+        "found": _found(allocation.schedule, session) if allocation.schedule.finds_budget else None,
     }
+
+
+def _found(schedule: Any, session: Session) -> Facts:
+    """By what a budget is found that nobody has said."""
+    rows = min(schedule.rows, len(session.encoded["validation"]))
+    return {"tolerance": schedule.tolerance, "cut": schedule.cut, "rows": rows}
 
 
 def _training(session: Session) -> Facts:

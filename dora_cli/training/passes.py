@@ -1,12 +1,12 @@
 """Forward passes that are made for what they show: before training, and while it allocates."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from dora_cli.data.batching import dealt, has_share
+from dora_cli.data.batching import dealt, has_share, sequential_batches
 from dora_cli.data.encoded import Encoded
 from dora_cli.data.packing import pack
 from dora_cli.data.tasks.base import Task
@@ -57,27 +57,51 @@ def first_row(
     return run
 
 
-def probe(
+def probes(
     model: nn.Module,
     task: Task,
-    encoded: Mapping[str, Encoded],
-    importance: Any,
+    rows: Encoded,
+    parts: Mapping[str, Any],
+    seed: int,
+    batch_size: int,
     device: torch.device,
     dtype: torch.dtype | None,
     world: World,
-) -> Any:
-    """The loss on a fixed batch of validation rows, in eval mode, leaving no trace; None where nobody asks for it."""
-    if "probe" not in importance.needs:
+) -> dict[str, Callable[[], float] | None]:
+    """The losses of held-out rows that the parts ask for: ``probe`` the importance, ``held_out`` the schedule."""
+    importance, schedule = parts["importance"], parts["schedule"]
+    plans: dict[str, list[list[int]]] = {"probe": [], "held_out": []}
+    if "probe" in importance.needs:
+        plans["probe"] = [list(range(min(importance.rows, len(rows))))]
+    if schedule.finds_budget:
+        generator = torch.Generator().manual_seed(seed)  # sets may be sorted by label
+        chosen = torch.randperm(len(rows), generator=generator)[: schedule.rows]
+        batches = sequential_batches(rows.lengths[chosen], batch_size)
+        plans["held_out"] = [chosen[batch].tolist() for batch in batches]
+    return {name: fixed_loss(model, task, rows, plan, device, dtype, world) for name, plan in plans.items()}
+
+
+def fixed_loss(
+    model: nn.Module,
+    task: Task,
+    rows: Encoded,
+    plan: Sequence[list[int]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    world: World,
+) -> Callable[[], float] | None:
+    """The loss on the same batches of held-out rows each time, in eval mode, leaving no trace; None without any."""
+    if not plan:
         return None
-    rows = encoded["validation"]
-    whole = list(range(min(importance.rows, len(rows))))
-    batch = rows.batch(next(dealt([whole], world)))
-    batch = {k: v.to(device) for k, v in batch.items()}
+    mine = [{k: v.to(device) for k, v in rows.batch(own).items()} for own in dealt(plan, world)]
+    counts = [has_share(whole, world) for whole in plan]
 
     def loss() -> float:
+        sums = torch.zeros(2, dtype=torch.float64)
         with evaluating(model), torch.no_grad(), autocast(device, dtype):
-            total, count, _ = task.loss(model, batch)
-        sums = torch.tensor([float(total), float(count)], dtype=torch.float64) * has_share(whole, world)
+            for batch, is_mine in zip(mine, counts, strict=True):
+                total, count, _ = task.loss(model, batch)
+                sums += torch.tensor([float(total), float(count)], dtype=torch.float64) * is_mine
         world.add_up(sums)
         return float(sums[0] / sums[1])
 

@@ -127,7 +127,11 @@ def _adapter(session: Session, known: Facts) -> dict[str, str]:
         "start": f"{allocation.start_count:,} {unit}, {allocation.start_cost:,} parameters "
         f"({adapter.size_word} {span(sizes)})"
     }
-    if allocation.allocator.mode in ("shrink", "grow"):
+    if allocation.schedule.finds_budget:
+        lines["end"] = (
+            f"found by the run: {span(known['units_end'])} {unit}, {span(known['parameters_end'])} parameters"
+        )
+    elif allocation.allocator.mode in ("shrink", "grow"):
         units, parameters = known["units_end"], known["parameters_end"]
         if allocation.by_cost:
             lines["end"] = f"{parameters[1]:,} parameters at most, {span(units)} {unit}"
@@ -153,8 +157,14 @@ def _schedule(session: Session, known: Facts) -> dict[str, str]:
         alive_word(session): start
         + " → ".join(counts)
         + f"{what} after the {after}"
-        + ", ".join(str(events[i][0]) for i in shown),
+        + ", ".join(str(events[i][0]) for i in shown)
+        + (", if every cut is kept" if known["found"] else ""),
     }
+    if found := known["found"]:
+        lines["budget"] = (
+            f"found by the run: a cut (the first {found['cut']:.3g} of what lives) is kept if the loss on "
+            f"{counted(found['rows'], 'validation row')} stays within {found['tolerance']:.3g} of its best, else undone"
+        )
     if getattr(allocation.allocator, "revive", False) and len(events) > 1:
         lines["revival"] = "until the last event pruned components keep training and may return, so the steps before"
         lines["revival"] += f" {end} cost as much as at the start (allocator.revive=false drops at once)"
@@ -224,9 +234,25 @@ def _notes(session: Session) -> list[str]:
         notes.append("train.shard=full: a process alone holds all of the base (torchrun starts several)")
     if session.device.type == "cpu" and session.config.train.precision == "bf16" and not _has_bf16(CPU_INFO):
         notes.append("this CPU has no bfloat16 units: train.precision=bf16 saves memory here, but is many times slower")
-    if session.config.budget is not None and session.budget is None:
+    if session.allocation.schedule.finds_budget:
+        notes += _found_notes(session)
+    elif session.config.budget is not None and session.budget is None:
         notes.append(f"method={session.composed.method} has no budget: budget={session.config.budget} does not apply")
     return notes + _rank_notes(session)
+
+
+def _found_notes(session: Session) -> list[str]:
+    notes, asked = [], session.config.budget
+    if asked is not None:
+        starts = getattr(session.composed.parts["adapter"], "rank", None) is None
+        says = "says alone where the adapter starts" if starts else "has no effect, since adapter.rank is set"
+        notes.append(f"schedule=auto finds the budget: the recipe's budget={asked} {says}")
+    if not [role for role in session.encoded if role not in ("train", "validation")]:
+        notes.append(
+            "validation rows choose what is left, so what they say of the result is too good: data.splits.test=… adds "
+            "rows that nothing looks at"
+        )
+    return notes
 
 
 def _has_bf16(cpu_info: Path) -> bool:

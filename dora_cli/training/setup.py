@@ -35,7 +35,7 @@ from dora_cli.processes import ALONE, World
 from dora_cli.training.apart.wire import Traffic
 from dora_cli.training.optim import build_optimizer, build_scheduler
 from dora_cli.training.parallel import OwnRandom, sample
-from dora_cli.training.passes import first_row, keeping_apart, probe
+from dora_cli.training.passes import first_row, keeping_apart, probes
 from dora_cli.training.shard import is_sharded, refuse_layer_drop, shard
 from dora_cli.training.sizing import asked_budget, check_values, sized_targets
 from dora_cli.training.start import fill, passes
@@ -65,6 +65,8 @@ class Composed(Protocol):
     def data(self) -> str: ...
     @property
     def preset(self) -> dict[str, Any]: ...
+    @property
+    def origin(self) -> dict[str, str | None]: ...
     @property
     def tuned(self) -> dict[str, Any]: ...
 
@@ -289,6 +291,8 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
     stream = _stream(task, loaded.tokenizer, rows, config, world) if rows.stream is not None else None
     steps_per_epoch = ceil(len(plan) / config.train.accumulation) if stream is None else None
     total_steps = config.train.max_steps or ceil(config.train.epochs * len(plan) / config.train.accumulation)
+    at_once = config.train.eval_batch_size
+    losses = probes(model, task, encoded["validation"], parts, config.seed, at_once, device, dtype, world)
     allocation = Allocation(
         layers,
         schedule=parts["schedule"],
@@ -297,7 +301,8 @@ def build(composed: Composed, begin: Begin | None = None, world: World = ALONE) 
         regularizer=parts["regularizer"],
         total_steps=total_steps,
         target=target,
-        probe=probe(model, task, encoded, parts["importance"], device, dtype, world),
+        probe=losses["probe"],
+        held_out=losses["held_out"],
         units=units,
         agree=world.agreed,
     )

@@ -42,10 +42,13 @@ def check_values(composed: Any, budget: Budget | None) -> None:
 
 
 def asked_budget(composed: Any) -> Budget | None:
-    """The budget as asked, or None where the method has none; refused early where it can't be read."""
+    """The budget as asked, or None where the method has none or finds it; refused early where it can't be read."""
     budget = parse_budget(composed.config.budget)
     adapter = composed.parts["adapter"]
     if not adapter.budgeted:
+        return None
+    if composed.parts["schedule"].finds_budget:
+        _check_found(composed, budget)
         return None
     allocator = composed.parts["allocator"]
     if budget is None and allocator.mode in ("shrink", "grow"):
@@ -64,6 +67,26 @@ def asked_budget(composed: Any) -> Budget | None:
     return budget
 
 
+def budget_word(composed: Any) -> Any:
+    """What names and records say of the budget: as asked, ``auto`` where the run finds it, None where there is none."""
+    if not composed.parts["adapter"].budgeted:
+        return None
+    return "auto" if composed.parts["schedule"].finds_budget else composed.config.budget
+
+
+def _check_found(composed: Any, budget: Budget | None) -> None:
+    """A budget of a recipe's may say where the adapter starts; one that is typed was meant."""
+    rank = composed.parts["adapter"].rank
+    if budget is not None and composed.origin.get("budget", "") is None:
+        raise UserError(
+            f"budget={budget.text} and schedule=auto contradict each other: the run finds its budget",
+            hint="leave out one of them; schedule.floor=N says how few components may be left, adapter.rank=N how many "
+            "each module starts with",
+        )
+    if rank is None and (budget is None or budget.kind == "share"):
+        raise UserError("schedule=auto: nothing says how large the adapter starts", hint="set adapter.rank=12")
+
+
 def sized_targets(
     composed: Any, model: nn.Module, head_modules: list[str], budget: Budget | None
 ) -> tuple[list[str], list[int], Target | None]:
@@ -74,7 +97,10 @@ def sized_targets(
     names = find_targets(model, adapter.targets, exclude=head_modules)
     costs = [adapter.unit_cost(*linear_shape(model.get_submodule(name))) for name in names]
     if budget is None:
-        return names, [adapter.rank] * len(names), None
+        rank = adapter.rank
+        if rank is None:  # the run finds its budget, and the recipe's says where it starts
+            rank = parse_budget(composed.config.budget).start_rank(costs)  # type: ignore[union-attr]
+        return names, [rank] * len(names), None
     if allocator.mode == "grow":
         rank = allocator.start_rank
         target = resolve(budget, costs, adapter.rank, shrinks=False)

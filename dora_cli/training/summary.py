@@ -14,6 +14,7 @@ from torch import nn
 from dora_cli.adapters.base import AdapterLayer
 from dora_cli.allocation.controller import Allocation
 from dora_cli.training.setup import Composed, Session
+from dora_cli.training.sizing import budget_word
 from dora_cli.training.state import Progress
 
 MIB = 2**20
@@ -32,7 +33,7 @@ def summarise(session: Session, progress: Progress, peak_rss: int, peak_device: 
         "method": session.composed.method,
         "seed": session.config.seed,
         "budget": {
-            "requested": session.config.budget if session.budget else None,
+            "requested": budget_word(session.composed),
             "components_start": allocation.start_count,
             "components_end": int(table.contributing().sum()),
             "params_start": allocation.start_cost,

@@ -180,7 +180,8 @@ def test_schedules_regularizers_and_starts_go_together(
         "schedule.end=7",
         "allocator.interval=2",
         "adapter.rank=4",
-        "budget=r1",
+        # A search that keeps every cut comes to the same, one for each of the 12 modules.
+        *(["schedule.tolerance=9", "schedule.cut=0.5", "schedule.floor=12"] if schedule == "auto" else ["budget=r1"]),
     )
     assert trained.session.allocation.alive_count() == len(trained.session.targets)
     check_round_trip(trained)

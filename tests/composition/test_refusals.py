@@ -68,6 +68,17 @@ NOWHERE = ["recipe=text_classification", "model.name=/nowhere", "data.path=/nowh
         ),
         (["method=lora", "budget=r2", "model.quantization=nf4"], "quantization=nf4 is not offered", "did you mean"),
         (["method=dora"], "method=dora works towards a budget", "budget=r8"),
+        (["method=dora", "budget=r2", "schedule=auto"], "budget=r2 and schedule=auto contradict", "schedule.floor=N"),
+        (["method=dora", "schedule=auto"], "nothing says how large the adapter starts", "adapter.rank=12"),
+        (
+            ["method=increlora", "schedule=auto"],
+            "allocator=grow and schedule=auto do not go together",
+            "allocator=prune",
+        ),
+        (["method=sora", "schedule=auto"], "allocator=soft_threshold and schedule=auto do not", "allocator=prune"),
+        (["method=elalora", "schedule=auto"], "keeps one total throughout", "schedule=constant"),
+        (["method=lora", "schedule=auto"], "acts on nothing", "allocator=prune"),
+        (["method=dora", "schedule=linear", "schedule.floor=3"], "linear does not read it", "read by auto"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )

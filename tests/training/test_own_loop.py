@@ -314,6 +314,7 @@ def test_any_module_takes_adapters_and_parts_by_object(tmp_path: Path) -> None:
         ({"schedule": "constant"}, "never moves"),
         ({"method": "eva", "budget": "r2"}, "looks at training data"),
         ({"method": "alora", "budget": "r2"}, "asks for the loss on a fixed batch"),
+        ({"schedule": "auto", "budget": None}, "schedule=auto asks for the loss on held-out rows"),
         ({"heads": ["lost"]}, "no module 'lost'"),
         ({"heads": "last"}, "heads='last' is no list of names"),
         ({"seed": "one"}, "seed='one' is no seed"),

@@ -52,6 +52,7 @@ class Allocator:
     scores: ClassVar[bool] = True  # whether it asks for scores
     compacts: ClassVar[bool] = True  # whether dropped units leave their tensors, and weigh nothing in clipping
     grows: ClassVar[bool] = False
+    tries: ClassVar[bool] = False  # whether what it would prune next can be cut on trial (``schedule=auto``)
 
     interval: int | float = 1
 

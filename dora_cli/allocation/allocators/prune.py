@@ -18,6 +18,7 @@ class Prune(Allocator):
     min_rank: int = field(default=0, metadata={"help": "components that each module keeps at least", "low": 0})
 
     verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop"})
+    tries: ClassVar[bool] = True
 
     def act(self, event: Event) -> None:
         keep = top(event.table, event.scores(), event.limit, by_cost=event.by_cost, min_rank=self.min_rank)

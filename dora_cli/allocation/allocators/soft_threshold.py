@@ -24,6 +24,7 @@ class SoftThreshold(Prune):
     threshold: float = field(default=3e-4, metadata={"help": "ξ, by which every gate shrinks at each step", "low": 0.0})
 
     needs: ClassVar[frozenset[str]] = frozenset({"gates"})
+    tries: ClassVar[bool] = False  # gates close by themselves, on trial or not
 
     def check(self, learning_rate: float, schedule: Schedule, budget: Budget | None) -> None:
         if self.threshold >= learning_rate:

@@ -1,0 +1,218 @@
+"""``schedule=auto``: cuts are kept up to a known cliff, and what is put back is as it was, to the bit."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dora_cli.adapters.components import Components
+from dora_cli.adapters.inject import parameter_groups
+from dora_cli.adapters.lora import Lora
+from dora_cli.adapters.svd import Svd
+from dora_cli.allocation.allocators.prune import Prune
+from dora_cli.allocation.controller import Allocation
+from dora_cli.allocation.importance.base import Importance
+from dora_cli.allocation.regularizers.none import NoRegularizer
+from dora_cli.allocation.schedules import Auto
+from dora_cli.allocation.table import UnitTable
+from dora_cli.errors import UserError
+
+SCORES = torch.rand(24, generator=torch.Generator().manual_seed(3))  # of 4 modules of rank 6
+
+
+class Fixed(Importance):
+    """The same scores for ever: the row's, whichever row that is by now."""
+
+    def scores(self, table: UnitTable, probe: Any) -> Tensor:
+        return SCORES
+
+
+class Run:
+    """A tiny regression, with a held-out loss that the test makes up. Events after every second step from 2 to 40."""
+
+    def __init__(self, stack: Any, loss: Callable[[UnitTable], float], part: Any = None, **options: Any) -> None:
+        self.model, self.layers = stack(n=4, width=8, rank=6, part=part)
+        given = {name: options.pop(name) for name in ("min_rank", "total_steps") if name in options}
+        schedule = Auto(**{"start": 2, "end": 40, "cut": 0.25, "growth": 1.0, "patience": 9} | options)
+        self.allocation = Allocation(
+            self.layers,
+            schedule=schedule,
+            importance=Fixed(),
+            allocator=Prune(interval=2, min_rank=given.get("min_rank", 0)),
+            regularizer=NoRegularizer(),
+            total_steps=44,
+            held_out=lambda: loss(self.allocation.table),
+        )
+        self.table = self.allocation.table
+        groups = parameter_groups(self.layers, lr=1e-2, weight_decay=0.1)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.x, self.y = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(5))
+
+    def backward(self, t: int) -> None:
+        (self.model(self.x) - self.y).square().mean().backward()
+        self.allocation.after_backward(t)
+        self.optimizer.step()
+
+    def events(self, first: int = 1, last: int = 44) -> Iterator[dict[str, Any]]:
+        for t in range(first, last + 1):
+            self.backward(t)
+            event = self.allocation.after_step(t, self.optimizer)
+            self.optimizer.zero_grad()
+            if event is not None:
+                yield event
+
+    def units(self) -> dict[int, list[Tensor]]:
+        """Row of the table → its values and moments, whatever its place in the tensors."""
+        found: dict[int, list[Tensor]] = {}
+        for layer, rows in zip(self.layers.values(), self.table.rows, strict=True):
+            for place, row in enumerate(rows.tolist()):
+                found[row] = []
+                for name, axis in layer.unit_axes.items():
+                    state = self.optimizer.state[getattr(layer, name)]
+                    tensors = [getattr(layer, name).detach(), state["exp_avg"], state["exp_avg_sq"]]
+                    found[row] += [tensor.select(axis, place).clone() for tensor in tensors]
+        return found
+
+
+def cliff(at: int) -> Callable[[UnitTable], float]:
+    """1 while so many live, else 1.02."""
+    return lambda table: 1.0 if table.alive_count() >= at else 1.02
+
+
+def best(n: int) -> list[int]:
+    return sorted(SCORES.argsort(descending=True)[:n].tolist())
+
+
+def test_a_search_worked_by_hand(stack: Any) -> None:
+    run = Run(stack, cliff(12), tolerance=0.01)
+    events = list(run.events())
+    seen = [(e["step"], e["auto"]["tried"], e["auto"]["committed"], e["auto"]["cut"], e["alive"]) for e in events]
+    assert seen == [
+        (2, 0, None, 0.25, 18),  # ⌈24/4⌉ on trial
+        (4, 6, True, 0.25, 13),  # ⌈18/4⌉ = 5
+        (6, 5, True, 0.25, 9),  # ⌈13/4⌉ = 4
+        (8, 4, False, 0.25, 11),  # ⌈13/8⌉ = 2
+        (10, 2, False, 0.125, 13),  # 13/16 is less than one: over
+        (40, 0, None, 0.0625, 13),  # the final choice
+    ]
+    assert [e["budget"] for e in events] == [24, 18, 13, 13, 13, 13]
+    assert torch.nonzero(run.table.alive).flatten().tolist() == best(13)
+    assert sum(layer.rank for layer in run.layers.values()) == 13  # and nothing of the others is left
+    assert run.allocation.final_step == 40 and run.table.settled
+
+
+@pytest.mark.parametrize("at", [1, 2, 7, 12, 19, 23, 24])
+@pytest.mark.parametrize("growth", [1.0, 3.0])
+def test_what_is_left_lies_on_the_cliff_and_never_rises(at: int, growth: float, stack: Any) -> None:
+    run = Run(stack, cliff(at), tolerance=0.01, growth=growth, cut=0.1)
+    before, cut = 24, 0.1
+    for event in run.events():
+        decision = event["auto"]
+        assert decision["cut"] == cut
+        assert event["budget"] == before - (decision["tried"] if decision["committed"] else 0) >= at
+        if decision["tried"]:  # the loss alone decides, and it says whether the cut was too deep
+            assert decision["committed"] == (before - decision["tried"] >= at)
+            cut = max(cut, min(cut * growth, 0.25)) if decision["committed"] else cut / 2
+        before = event["budget"]
+    assert torch.nonzero(run.table.alive).flatten().tolist() == best(before)
+    # The last refused cut was of less than two components, or events ran out: 0.9ⁿ of 24 is 3 after 20.
+    assert before <= at + 1 or growth == 1.0
+
+
+@pytest.mark.parametrize("part", [Components(), Lora(), Svd()], ids=["components", "lora", "svd"])
+def test_what_is_put_back_is_as_it_was_though_tensors_shrank_meanwhile(part: Any, stack: Any) -> None:
+    losses = iter([1.0, 1.0, 5.0])  # nothing to decide; kept, a half, so that tensors shrink; put back
+    run = Run(stack, lambda table: next(losses), part, cut=0.5)
+    for _ in run.events(last=3):
+        pass
+    run.backward(4)
+    before = run.units()
+    assert run.allocation.after_step(4, run.optimizer) is not None
+    trial = [row for row in best(12) if row not in best(6)]
+    assert sum(layer.rank for layer in run.layers.values()) == 12
+    assert torch.nonzero(run.table.alive).flatten().tolist() == best(6)
+    run.optimizer.zero_grad()
+    for t in (5, 6):
+        for layer, places in run.table.positions(~run.table.alive):
+            assert getattr(layer, layer.valve).detach().index_select(layer.unit_axes[layer.valve], places).eq(0).all()
+        (run.model(run.x) - run.y).square().mean().backward()
+        run.allocation.after_backward(t)
+        for layer, places in run.table.positions(~run.table.alive):  # they weigh nothing in clipping
+            for name, axis in layer.unit_axes.items():
+                assert getattr(layer, name).grad.index_select(axis, places).eq(0).all()
+        run.optimizer.step()
+        drifted = run.units()
+        event = run.allocation.after_step(t, run.optimizer)
+    assert event is not None and event["auto"] == {
+        "loss": 5.0, "best": 1.0, "tried": 6, "committed": False, "cut": 0.5
+    }  # fmt: skip
+    # At once a smaller cut is on trial: what is not in it is open again.
+    after, again = run.units(), [row for row in trial if bool(run.table.alive[row])]
+    assert len(again) == 3
+    for row in again:
+        assert all(map(torch.equal, after[row], before[row]))
+        assert not all(map(torch.equal, drifted[row], before[row]))  # moments and decay had moved on
+    survivor = best(6)[0]
+    assert all(map(torch.equal, after[survivor], drifted[survivor]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_over_any_tolerance(bad: float, stack: Any) -> None:
+    losses = iter([1.0, bad, 1.0] + [1.0] * 30)
+    events = list(Run(stack, lambda table: next(losses), tolerance=1e6).events(last=6))
+    assert [e["auto"]["committed"] for e in events] == [None, False, True]
+    assert events[-1]["auto"]["best"] == 1.0
+
+
+def test_the_best_only_falls_so_that_steps_within_the_tolerance_do_not_add_up(stack: Any) -> None:
+    losses = iter([1.0, 0.9, 0.99, 1.0, *[1.0] * 30])  # a tenth above 0.9 is 0.99
+    events = list(Run(stack, lambda table: next(losses), tolerance=0.1).events(last=8))
+    assert [e["auto"]["committed"] for e in events] == [None, True, True, False]
+    assert [e["auto"]["best"] for e in events] == [1.0, 0.9, 0.9, 0.9]
+
+
+def test_patience_floor_and_least_ranks_end_it(stack: Any) -> None:
+    refused = iter([1.0] + [2.0] * 30)
+    run = Run(stack, lambda table: next(refused), patience=2, cut=0.5)
+    assert [e["step"] for e in run.events()] == [2, 4, 6, 40]
+    assert run.allocation.alive_count() == 24
+    run = Run(stack, lambda table: 1.0, floor=10)
+    assert [e["budget"] for e in run.events()][-1] == 10
+    run = Run(stack, lambda table: 1.0, min_rank=2, cut=0.5)
+    last = list(run.events())[-1]
+    assert list(last["ranks"].values()) == [2, 2, 2, 2]
+    with pytest.raises(UserError, match="nothing to prune: the adapter starts with 24") as caught:
+        Run(stack, lambda table: 1.0, floor=24)
+    assert caught.value.where is not None and "schedule.floor=24" in caught.value.where
+
+
+def test_the_plan_says_the_fastest_way_and_long_windows_have_few_events(stack: Any) -> None:
+    run = Run(stack, lambda table: 1.0, growth=1.5, cut=0.1, floor=3)
+    steps = [t for t in range(1, 45) if run.allocation.is_event(t)]
+    planned = run.allocation.counts(steps)
+    events = {event["step"]: event["alive"] for event in run.events()}
+    assert [events.get(t, 3) for t in steps] == planned and planned[-1] == 3
+    for total in (50, 51, 997, 10_000):
+        schedule = Auto(start=10, end=total, events=12)
+        window = schedule.window(total)
+        spacing = schedule.spacing(1, window)
+        assert len({*range(10, total, spacing), total}) <= 12
+        assert schedule.spacing(total, window) == total
+
+
+def test_a_search_goes_on_where_its_state_was_taken(stack: Any) -> None:
+    """In a trial, after another was put back; parameters and moments go their own way (tests/training)."""
+    whole = Run(stack, cliff(12), tolerance=0.01)
+    ends = [event["auto"] for event in whole.events()]
+    cut = Run(stack, cliff(12), tolerance=0.01)
+    list(cut.events(last=9))
+    state, trials = cut.allocation.state_dict(), cut.allocation.allocator
+    again = Run(stack, cliff(12), tolerance=0.01)
+    again.allocation.load_state_dict(state)
+    fresh = again.allocation.allocator.state_dict()
+    assert fresh.keys() == trials.state_dict().keys()
+    assert any(key.startswith("copy|") and key.endswith("c.exp_avg") for key in fresh)
+    assert [event["auto"] for event in again.events(first=10)] == ends[4:]
