@@ -35,6 +35,8 @@ class Lora(LowRankPart):
         metadata={"help": "alpha / rank, or alpha / √rank", "choices": ("standard", "rank_stabilised")},
     )
 
+    verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop", "grow", "turn"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scaling == "rank_stabilised" and self.alpha is None:

@@ -57,7 +57,7 @@ class AdapterPart:
         raise NotImplementedError
 
 
-RANK_HELP = "components per module at the start; null: 1.5 × the average asked for"
+RANK_HELP = "components per module at the start; null: allocator.start_ratio (1.5) × the average"
 ALPHA_HELP = "scale is alpha / start rank; null: the start rank, a scale of 1"
 SHARED_HELP = "modules that read the same input (q, k, v; gate, up) drop the same entries of it"
 TARGETS_HELP = "modules to adapt: null (the transformer layers' linears), list, suffix, regex"

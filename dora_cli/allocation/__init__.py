@@ -21,6 +21,7 @@ IMPORTANCES = {
     "component_norm": "dora_cli.allocation.importance.component_norm:ComponentNorm",
     "gate_probability": "dora_cli.allocation.importance.gate_probability:GateProbability",
     "gate_size": "dora_cli.allocation.importance.gate_size:GateSize",
+    "energy": "dora_cli.allocation.importance.energy:Energy",
     "gradient": "dora_cli.allocation.importance.gradient:Gradient",
     "module_sensitivity": "dora_cli.allocation.importance.module_sensitivity:ModuleSensitivity",
     "sensitivity": "dora_cli.allocation.importance.sensitivity:Sensitivity",
@@ -32,6 +33,7 @@ IMPORTANCES = {
 }
 ALLOCATORS = {
     "prune": "dora_cli.allocation.allocators.prune:Prune",
+    "prune_principal": "dora_cli.allocation.allocators.prune_principal:PrunePrincipal",
     "prune_official": "dora_cli.allocation.allocators.prune_official:PruneOfficial",
     "prune_peft": "dora_cli.allocation.allocators.prune_peft:PrunePeft",
     "prune_and_reallocate": "dora_cli.allocation.allocators.prune_and_reallocate:PruneAndReallocate",

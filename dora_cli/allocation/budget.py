@@ -9,6 +9,7 @@ from dora_cli.errors import UserError
 
 FORMS = "a share of the start in (0, 1) such as 0.1, adapter parameters such as 340k, or an average rank such as r4"
 SUFFIXES = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+PAPER_RATIO = 1.5  # start rank over the final average (METHODS 2.1)
 MOST = 1e15  # more than any model has
 
 
@@ -20,11 +21,11 @@ class Budget:
     value: float
     text: str
 
-    def start_rank(self, costs: Sequence[int]) -> int | None:
-        """ceil(1.5 × the average rank asked for), the paper's start (METHODS 2.1); None for a share."""
+    def start_rank(self, costs: Sequence[int], ratio: float = PAPER_RATIO) -> int | None:
+        """ceil(``ratio`` × the average rank asked for); None for a share."""
         if self.kind == "average":
-            return math.ceil(1.5 * self.value)
-        return math.ceil(1.5 * self.value / sum(costs)) if self.kind == "params" else None
+            return math.ceil(ratio * self.value)
+        return math.ceil(ratio * self.value / sum(costs)) if self.kind == "params" else None
 
 
 @dataclass(frozen=True)

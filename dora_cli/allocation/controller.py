@@ -163,6 +163,7 @@ class Allocation:
                 schedule=self.schedule,
                 window=self.window,
                 optimizer=optimizer,
+                agree=self.agree,
             )
         )
         if step == self.window.end:

@@ -129,6 +129,14 @@ def _check_scores(adapter: Any, importance: Any, allocator: Any, names: dict[str
             hint=f"with adapter={names['adapter']}: importance="
             + " or ".join(n for n in _fitting(IMPORTANCES, adapter, allocator.units) if n != "none"),
         )
+    if allocator.turns and importance.remembers and names["importance"] != "none":
+        able = [n for n in _fitting(IMPORTANCES, adapter, allocator.units) if n != "none"]
+        raise UserError(
+            f"allocator={names['allocator']} and importance={names['importance']} do not go together",
+            where="components are others after each event, and these scores rest on what they were before",
+            hint="use importance="
+            + " or ".join(n for n in able if not load(IMPORTANCES, n, key="importance").remembers),
+        )
     if not allocator.scores and names["importance"] != "none":
         raise UserError(
             f"importance={names['importance']} would be read by nobody: allocator={names['allocator']} chooses nothing",

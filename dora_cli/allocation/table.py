@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from dora_cli.adapters.base import AdapterLayer, LowRankLayer, WholeModule
 from dora_cli.adapters.inject import regroup
+from dora_cli.adapters.principal import turn_to_principal
 from dora_cli.adapters.resize import check_state, discard, resize
 from dora_cli.errors import UserError
 
@@ -220,6 +221,10 @@ class UnitTable:
         self.frozen = self.frozen & ~mask
         if optimizer is not None:
             regroup(self.by_name(), optimizer)
+
+    def turn(self, optimizer: Optimizer | None, agree: Callable[[Tensor], Tensor]) -> None:
+        """Make every module's components its principal ones, in place: another basis of the same update."""
+        turn_to_principal([group.layers for group in self.groups()], optimizer, agree)
 
     def switch(self, mask: Tensor) -> None:
         """Of units that are modules, exactly those of ``mask`` contribute; the others are off, and may return."""

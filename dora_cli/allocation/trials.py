@@ -112,6 +112,7 @@ class Trials(Allocator):
         if n == 0:
             self.done = True
             return
+        self.allocator.prepare(event)
         keep = top(table, event.scores(), alive - n, by_cost=False, min_rank=self.min_rank)
         self.pending = table.alive & ~keep
         self.copies = {

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from dora_cli.adapters.base import linear_shape
-from dora_cli.allocation.budget import Budget, Target, check_reachable, parse_budget, resolve, spread
+from dora_cli.allocation.budget import PAPER_RATIO, Budget, Target, check_reachable, parse_budget, resolve, spread
 from dora_cli.errors import UserError
 from dora_cli.models.targets import find_targets
 
@@ -99,7 +99,7 @@ def sized_targets(
     if budget is None:
         rank = adapter.rank
         if rank is None:  # the run finds its budget, and the recipe's says where it starts
-            rank = parse_budget(composed.config.budget).start_rank(costs)  # type: ignore[union-attr]
+            rank = parse_budget(composed.config.budget).start_rank(costs, start_ratio(allocator))  # type: ignore[union-attr]
         return names, [rank] * len(names), None
     if allocator.mode == "grow":
         rank = allocator.start_rank
@@ -112,7 +112,7 @@ def sized_targets(
             )
         return names, [rank] * len(names), target
     shrinks = allocator.mode == "shrink"
-    rank = adapter.rank if adapter.rank is not None else budget.start_rank(costs)
+    rank = adapter.rank if adapter.rank is not None else budget.start_rank(costs, start_ratio(allocator))
     target = resolve(budget, costs, rank, shrinks=shrinks)
     if not shrinks:
         return names, spread(target, costs), target
@@ -125,3 +125,8 @@ def sized_targets(
         )
     assert rank is not None
     return names, [rank] * len(names), target
+
+
+def start_ratio(allocator: Any) -> float:
+    """Start rank over the average rank asked for, where ``adapter.rank`` does not say the start."""
+    return float(getattr(allocator, "start_ratio", PAPER_RATIO))

@@ -20,7 +20,7 @@ class Event:
 
     ``limit`` is what may live after this event by the schedule, in units, or parameters where ``by_cost``; ``first``
     and ``last`` are its values at the start and the end. ``scores()`` asks the importance, once; ``elements()`` asks it
-    for the scores within each unit.
+    for the scores within each unit; ``agree`` gives every process the numbers of one of them.
     """
 
     step: int
@@ -35,6 +35,7 @@ class Event:
     schedule: Schedule
     window: Window
     optimizer: Optimizer | None
+    agree: Callable[[Tensor], Tensor] = lambda values: values
 
 
 class Allocator:
@@ -52,6 +53,7 @@ class Allocator:
     scores: ClassVar[bool] = True  # whether it asks for scores
     compacts: ClassVar[bool] = True  # whether dropped units leave their tensors, and weigh nothing in clipping
     grows: ClassVar[bool] = False
+    turns: ClassVar[bool] = False  # whether a component is another one after an event
     tries: ClassVar[bool] = False  # whether what it would prune next can be cut on trial (``schedule=auto``)
 
     interval: int | float = 1
@@ -119,6 +121,9 @@ class Allocator:
 
         Where the optimizer's was not taken, nothing may move on its account.
         """
+
+    def prepare(self, event: Event) -> None:
+        """Bring components into the form that is scored, before ``event.scores()``. Changes no output."""
 
     def act(self, event: Event) -> None:
         """Use the verbs."""

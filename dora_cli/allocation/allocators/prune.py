@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dora_cli.allocation.allocators.base import Allocator, Event
+from dora_cli.allocation.budget import PAPER_RATIO
 from dora_cli.allocation.select import top
 
 
@@ -17,9 +18,19 @@ class Prune(Allocator):
     revive: bool = field(default=True, metadata={"help": "pruned components may return before the end"})
     min_rank: int = field(default=0, metadata={"help": "components that each module keeps at least", "low": 0})
 
+    start_ratio: float = field(
+        default=PAPER_RATIO,
+        metadata={"help": "start rank over the average asked for, where adapter.rank is null", "low": 1.0},
+    )
+    cost_aware: bool = field(
+        default=False, metadata={"help": "where the budget counts parameters, rank by score per parameter"}
+    )
+
     verbs: ClassVar[frozenset[str]] = frozenset({"silence", "drop"})
     tries: ClassVar[bool] = True
 
     def act(self, event: Event) -> None:
-        keep = top(event.table, event.scores(), event.limit, by_cost=event.by_cost, min_rank=self.min_rank)
+        self.prepare(event)
+        scores = event.scores() / event.table.cost if self.cost_aware and event.by_cost else event.scores()
+        keep = top(event.table, scores, event.limit, by_cost=event.by_cost, min_rank=self.min_rank)
         event.table.keep(keep, final=event.final or not self.revive)

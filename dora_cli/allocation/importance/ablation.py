@@ -21,6 +21,7 @@ class Ablation(Importance):
     only_term: bool = field(default=True, metadata={"help": "include S(M with only r), a second forward per rank"})
 
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+    remembers: ClassVar[bool] = False
 
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
         assert probe is not None, "the composition check refuses this importance in a loop without a probe"

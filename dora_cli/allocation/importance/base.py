@@ -16,12 +16,13 @@ class Importance:
     """Scores units; higher is worth more. Owns its smoothing.
 
     ``needs`` is a subset of {weights, gradients, probe}; ``units`` the kinds of unit it can score; ``sums`` says that
-    it has ``partial_sums``.
+    it has ``partial_sums``; ``remembers`` that scores rest on what a unit was at earlier steps.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     units: ClassVar[frozenset[str]] = frozenset({"components"})
     sums: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
 
     def attach(self, table: UnitTable) -> None:
         """Take hold of the table before the first step."""

@@ -15,6 +15,7 @@ class GateSize(Importance):
     """|c|, with no smoothing: whatever closes gates has done its work on them already."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "gates"})
+    remembers: ClassVar[bool] = False
 
     def scores(self, table: UnitTable, probe: Probe | None) -> Tensor:
         scores = torch.zeros(len(table))

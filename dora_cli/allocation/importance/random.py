@@ -14,6 +14,7 @@ from dora_cli.allocation.table import UnitTable
 class Random(FlatScores):
     """Scores in (0, 1) from the run's seed; units born later draw theirs at their first event."""
 
+    remembers: ClassVar[bool] = False
     units: ClassVar[frozenset[str]] = frozenset({"components", "tensors", "modules"})
 
     def attach(self, table: UnitTable) -> None:
