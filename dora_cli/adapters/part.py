@@ -72,7 +72,7 @@ class RankedPart(AdapterPart):
     shared_dropout: bool = field(default=True, metadata={"help": SHARED_HELP})
     targets: Any = field(default=None, metadata={"help": TARGETS_HELP})
     init: str = field(
-        default="default", metadata={"help": "where the factors start: the adapter's own way, eva, or open_gates"}
+        default="default", metadata={"help": "where the factors start: the adapter's own way, eva, lora, or open_gates"}
     )
     init_rho: float | None = field(
         default=None, metadata={"help": "eva: candidates per module are rho · rank; 1 moves no ranks", "low": 1.0}

@@ -2,5 +2,6 @@
 
 INITS = {
     "eva": "dora_cli.adapters.init.eva:Eva",
+    "lora": "dora_cli.adapters.init.lora:LoraStart",
     "open_gates": "dora_cli.adapters.init.open_gates:OpenGates",
 }
