@@ -84,7 +84,7 @@ class Job:
             *TASKS[self.task].words,
             f"data.path={data}",
             *extra,
-            f"budget={self.budget}",
+            *([] if "schedule=auto" in self.words else [f"budget={self.budget}"]),
             "adapter.rank=null",
             "offline=true",
             f"train.device={options.device}",
