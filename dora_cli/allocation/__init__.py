@@ -19,6 +19,7 @@ SCHEDULES = {
 }
 IMPORTANCES = {
     "component_norm": "dora_cli.allocation.importance.component_norm:ComponentNorm",
+    "fisher": "dora_cli.allocation.importance.fisher:Fisher",
     "gate_probability": "dora_cli.allocation.importance.gate_probability:GateProbability",
     "gate_size": "dora_cli.allocation.importance.gate_size:GateSize",
     "energy": "dora_cli.allocation.importance.energy:Energy",

@@ -4,10 +4,23 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from dora_cli.allocation.importance.base import FlatScores
-from dora_cli.allocation.table import UnitTable
+from dora_cli.allocation.table import Group, UnitTable
 from dora_cli.allocation.verdict import TAKEN, Verdict
+
+
+def gate_gradients(group: Group) -> Tensor:
+    """∂L/∂g (m, r) for a factor g = 1 before each component; 0 where a layer took no part in the step.
+
+    By the chain rule it is the product of the valve with its own gradient, summed over the component.
+    """
+    valve, axis = group.layers[0].valve, group.layers[0].unit_axes[group.layers[0].valve]
+    pairs = [(getattr(layer, valve).detach(), getattr(layer, valve).grad) for layer in group.layers]
+    now = torch.stack([v * (torch.zeros_like(v) if g is None else g) for v, g in pairs])
+    # Over the entries: the axis, of the two behind the modules, without units.
+    return now.sum(2 - axis) if now.dim() > 2 else now
 
 
 @dataclass
@@ -27,11 +40,6 @@ class Gradient(FlatScores):
     def update(self, table: UnitTable, step: int, verdict: Verdict = TAKEN) -> None:
         smoothed = self._extended(table)
         for group in table.groups():
-            valve, axis = group.layers[0].valve, group.layers[0].unit_axes[group.layers[0].valve]
-            pairs = [(getattr(layer, valve).detach(), getattr(layer, valve).grad) for layer in group.layers]
-            now = torch.stack([v * (torch.zeros_like(v) if g is None else g) for v, g in pairs])
-            if now.dim() > 2:
-                now = now.sum(2 - axis)  # over the entries: the axis, of the two behind the modules, without units
             before = smoothed[group.index]
-            blend = self.beta * before + (1 - self.beta) * -now.to(smoothed.dtype)
+            blend = self.beta * before + (1 - self.beta) * -gate_gradients(group).to(smoothed.dtype)
             smoothed[group.index] = verdict.choose(blend, before)
