@@ -87,7 +87,7 @@ def _window(known: Facts) -> Iterator[Doubt]:
             "set schedule.end=0.5, or train for longer",
         )
     if len(schedule["events"]) == 1 and not schedule["one_event"]:
-        decided = "nothing can be tried" if schedule["found"] else "all is decided at once"
+        decided = "nothing can be tried" if schedule.get("found") else "all is decided at once"
         first = max(1, schedule["start"])  # there is no step 0
         if first == end:
             yield Doubt(
