@@ -15,22 +15,29 @@ def copied(layer: AdapterLayer, units: Tensor, optimizer: Optimizer | None) -> d
         Parameter → its rows (or columns) of these units; ``PARAMETER.MOMENT`` → the same of what the optimizer keeps
         for each number, where it has stepped.
     """
-    return {key: tensor.index_select(axis, units) for key, tensor, axis in _tensors(layer, optimizer)}
+    return {
+        _key(name, moment): tensor.index_select(axis, units)
+        for name, moment, tensor, axis in unit_tensors(layer, optimizer)
+    }
 
 
 def put_back(layer: AdapterLayer, units: Tensor, copies: Mapping[str, Tensor], optimizer: Optimizer | None) -> None:
     """Give ``units`` the values and moments that they had; as many as there were, wherever they are by now."""
-    for key, tensor, axis in _tensors(layer, optimizer):
-        if key in copies:
+    for name, moment, tensor, axis in unit_tensors(layer, optimizer):
+        if (key := _key(name, moment)) in copies:
             tensor.index_copy_(axis, units, copies[key].to(tensor.device))
 
 
-def _tensors(layer: AdapterLayer, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor, int]]:
-    """(key, whole tensor, axis of its units) of a layer's parameters and of their moments."""
+def unit_tensors(layer: AdapterLayer, optimizer: Optimizer | None) -> Iterator[tuple[str, str, Tensor, int]]:
+    """(parameter, moment or "", whole tensor, axis of its units) of a layer's parameters and of their moments."""
     for name, axis in layer.unit_axes.items():
         parameter = getattr(layer, name)
-        yield name, parameter.detach(), axis
+        yield name, "", parameter.detach(), axis
         state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         for moment, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:  # the step count has no units
-                yield f"{name}.{moment}", value, axis
+                yield name, moment, value, axis
+
+
+def _key(name: str, moment: str) -> str:
+    return f"{name}.{moment}" if moment else name

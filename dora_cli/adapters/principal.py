@@ -8,15 +8,19 @@ Adam's moments turn with them. Gradients of A' are M⁻ᵀ times those of A, gra
 moments follow exactly; second moments as if gradients of different components were uncorrelated.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dora_cli.adapters.base import LowRankLayer
+from dora_cli.adapters.copies import unit_tensors
 
 MOST_SKEWED = 1e-4  # of R_A: below this the rows of A are dependent in float32, and a module is left as it is
+# What optimizers keep for each number: running means of gradients, and of their squares.
+FIRST = ("exp_avg", "momentum_buffer")
+SECOND = ("exp_avg_sq", "max_exp_avg_sq")
 
 
 def principal_turn(a: Tensor, b: Tensor) -> Tensor:
@@ -44,41 +48,54 @@ def principal_turn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def turn_to_principal(
-    groups: Sequence[Sequence[LowRankLayer]],
+    units: Iterable[tuple[LowRankLayer, Tensor]],
     optimizer: Optimizer | None,
     agree: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> None:
-    """Turn every layer's components into its principal ones, in place: parameters, and moments where there are any.
+    """Turn components into the principal ones of their sum, in place: parameters, and moments where there are any.
 
     Args:
-        groups: layers of plain A and B; those of a group have one shape.
+        units: layers of plain A and B, and the positions of the components to turn, in ascending order. The largest
+            comes first among these, and no other changes: one that is gone for good would take what it is given along.
         agree: of several processes, gives each the numbers of one of them, so that all turn alike to the bit.
     """
+    groups: dict[tuple[int, int, int], list[tuple[LowRankLayer, Tensor]]] = {}
+    for layer, positions in units:
+        groups.setdefault((layer.d_out, layer.d_in, len(positions)), []).append((layer, positions))
+    if not groups:
+        return
     with torch.no_grad():
         turns = [
-            principal_turn(*(torch.stack([getattr(layer, n).detach().cpu() for layer in group]) for n in "ab"))
-            for group in groups
+            principal_turn(
+                torch.stack([layer.a.index_select(0, positions).cpu() for layer, positions in group]),
+                torch.stack([layer.b.index_select(1, positions).cpu() for layer, positions in group]),
+            )
+            for group in groups.values()
         ]
-        if not turns:
-            return
         flat = agree(torch.cat([turn.flatten() for turn in turns]))
         parts = flat.split([turn.numel() for turn in turns])
-        for group, turn, part in zip(groups, turns, parts, strict=True):
-            for layer, m in zip(group, part.view_as(turn), strict=True):
-                _apply(layer, m, optimizer)
+        for group, turn, part in zip(groups.values(), turns, parts, strict=True):
+            for (layer, positions), m in zip(group, part.view_as(turn), strict=True):
+                _apply(layer, positions, m, optimizer)
 
 
-def _apply(layer: LowRankLayer, m: Tensor, optimizer: Optimizer | None) -> None:
+def _apply(layer: LowRankLayer, positions: Tensor, m: Tensor, optimizer: Optimizer | None) -> None:
     inverse = torch.linalg.inv(m)
-    for parameter, turn, of_gradients, left in ((layer.a, m, inverse.mT, True), (layer.b, inverse, m.mT, False)):
-        _times(parameter.detach(), turn, left)
-        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        if "exp_avg" in state:
-            _times(state["exp_avg"], of_gradients, left)
-            _times(state["exp_avg_sq"], of_gradients.square(), left)
+    of_values, of_gradients = {"a": m, "b": inverse}, {"a": inverse.mT, "b": m.mT}
+    for name, moment, tensor, axis in unit_tensors(layer, optimizer):
+        if not moment:
+            _times(tensor, positions, of_values[name], axis)
+        elif moment in FIRST:
+            _times(tensor, positions, of_gradients[name], axis)
+        elif moment in SECOND:
+            _times(tensor, positions, of_gradients[name].square(), axis)
 
 
-def _times(tensor: Tensor, turn: Tensor, left: bool) -> None:
-    """``turn`` (r, r) times an A-like tensor (r, d), or a B-like one (d, r) times ``turn``, in place, in float64."""
-    values = tensor.cpu().double()
-    tensor.copy_(turn @ values if left else values @ turn)
+def _times(tensor: Tensor, positions: Tensor, turn: Tensor, axis: int) -> None:
+    """``turn`` (k, k) times k rows of an A-like tensor (r, d), or k columns of a B-like one (d, r) times ``turn``.
+
+    In place, and in float64 on the CPU: not every device has that.
+    """
+    values = tensor.index_select(axis, positions).cpu().double()
+    turned = turn @ values if axis == 0 else values @ turn
+    tensor.index_copy_(axis, positions, turned.to(tensor.dtype).to(tensor.device))

@@ -223,8 +223,9 @@ class UnitTable:
             regroup(self.by_name(), optimizer)
 
     def turn(self, optimizer: Optimizer | None, agree: Callable[[Tensor], Tensor]) -> None:
-        """Make every module's components its principal ones, in place: another basis of the same update."""
-        turn_to_principal([group.layers for group in self.groups()], optimizer, agree)
+        """Make what is not dropped of every module its principal components, in place: another basis of one update."""
+        units = ((self.layers[m], positions) for m, positions in self._positions(~self.dropped))
+        turn_to_principal(units, optimizer, agree)  # type: ignore[arg-type]
 
     def switch(self, mask: Tensor) -> None:
         """Of units that are modules, exactly those of ``mask`` contribute; the others are off, and may return."""

@@ -13,9 +13,10 @@ from dora_cli.allocation.budget import Target
 from dora_cli.allocation.controller import Allocation
 from dora_cli.allocation.importance.component_norm import ComponentNorm
 from dora_cli.allocation.importance.energy import Energy
+from dora_cli.allocation.importance.random import Random
 from dora_cli.allocation.regularizers.none import NoRegularizer
 from dora_cli.allocation.rules import check
-from dora_cli.allocation.schedules import CubicEarly
+from dora_cli.allocation.schedules import CubicEarly, Linear
 from dora_cli.errors import UserError
 
 SHAPES = {"small": (6, 5), "wide": (20, 16), "tall": (30, 5)}  # (d_out, d_in)
@@ -80,6 +81,25 @@ def test_under_a_budget_of_parameters_what_counts_is_energy_per_parameter(cost_a
     allocation = pruned(made, Target(limit, by_cost=True), cost_aware=cost_aware)
     assert allocation.table.ranks() == expected
     assert allocation.table.alive_cost() <= limit
+
+
+def test_what_lives_stays_whole_whichever_components_were_dropped_before() -> None:
+    """Rows of dropped components stay for a while, here in the middle: nothing that lives may land on them."""
+    made = layers()
+    allocation = Allocation(
+        made,
+        schedule=Linear(start=0, end=1.0),
+        importance=Random(),
+        allocator=PrunePrincipal(interval=1),
+        regularizer=NoRegularizer(),
+        total_steps=6,
+        target=Target(6, by_cost=False),
+    )
+    optimizer = torch.optim.AdamW([p for layer in made.values() for p in (layer.a, layer.b)], lr=0.0)
+    for step in range(1, 7):
+        allocation.after_step(step, optimizer)
+        found = [int((torch.linalg.svdvals(layer.delta_weight()) > 1e-3).sum()) for layer in made.values()]
+        assert found == list(allocation.table.ranks().values())
 
 
 def test_energy_counts_the_scale_and_sees_how_large_a_module_s_update_is() -> None:
