@@ -56,8 +56,8 @@ NOWHERE = ["recipe=text_classification", "model.name=/nowhere", "data.path=/nowh
         (
             ["method=bayesian_lora", "budget=r2", "adapter=components"],
             "importance=gate_probability needs gate_probability",
-            "importance=component_norm or fisher or gate_size or energy or gradient or module_sensitivity or sensitivity or "
-            "ablation or random or none",
+            "importance=component_norm or fisher or gate_size or energy or gradient or module_sensitivity or "
+            "sensitivity or ablation or random or none",
         ),
         (["method=full", "model.quantization=bnb_nf4"], "adapter=full does not go with a quantised base", "lora"),
         (["method=bitfit", "model.quantization=ao_int8"], "adapter=bitfit does not go with a quantised", "components"),
