@@ -185,6 +185,8 @@ class Allocation:
 
     def _scores(self) -> Tensor:
         scores = self.importance.scores(self.table, self._masked_loss if self.probe else None)
+        if self.by_cost and self.allocator.cost_aware:  # here, so that records show what was ranked
+            scores = scores / self.table.cost
         return prefix_closed(self.table, self.agree(scores))
 
     def _elements(self) -> list[Tensor]:

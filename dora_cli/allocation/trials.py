@@ -55,7 +55,10 @@ class Trials(Allocator):
 
     def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
         """What lives at the start, and at least."""
-        each = sum(max(self.min_rank, int(layer.nested)) for layer in table.layers)  # nested: nothing without the first
+        ranks = table.ranks().values()
+        each = sum(  # nested: nothing without the first
+            min(rank, max(self.min_rank, int(layer.nested))) for layer, rank in zip(table.layers, ranks, strict=True)
+        )
         first, self.floor = table.alive_count(), max(self.schedule.floor, each)
         if self.floor >= first:
             most = f"schedule.floor={self.floor}" if each < self.floor else f"{each} that modules keep at least"
@@ -89,7 +92,8 @@ class Trials(Allocator):
         table, loss = event.table, self.loss()
         tried, share, kept = int(self.pending.sum()), self.cut, None
         if tried:
-            kept = math.isfinite(loss) and loss <= self.best + self.schedule.tolerance * abs(self.best)
+            most = self.best + self.schedule.tolerance * abs(self.best) if math.isfinite(self.best) else math.inf
+            kept = math.isfinite(loss) and loss <= most
             if kept:
                 self._commit(table)
             else:

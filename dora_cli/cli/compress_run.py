@@ -39,6 +39,7 @@ from dora_cli.checkpoints.safetensors_io import read_tensor
 from dora_cli.cli import run_folder
 from dora_cli.cli.compress import Options
 from dora_cli.cli.publish_run import write_compressed_card
+from dora_cli.config.recipes import choices, recipes_dir
 from dora_cli.errors import UserError
 
 RECORD = "compress.json"
@@ -54,6 +55,10 @@ def compress_adapter(options: Options) -> int:
     out = options.out
     if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out={out} exists and is not empty", hint="name a new folder, or empty this one first")
+    if out is not None and out.resolve() == Path.cwd():
+        raise UserError(
+            f"out={out} is the folder that you are in", hint="name a new folder: it appears whole, by a rename"
+        )
     adapter = read_adapter(options.checkpoint)
     _require_low_rank(adapter)
     spectra = read_spectra(adapter)
@@ -279,13 +284,14 @@ def _next_steps(out: Path, adapter: AdapterFile) -> list[str]:
     """What can be done with it, as commands."""
     here, base = quote(str(out)), "" if adapter.base_name else " base=BASE"
     folders = (adapter.folder, adapter.folder.parent)
-    noted = adapter.method.get("recipe")
-    recipe = next((str(f / run_folder.CONFIG) for f in folders if run_folder.is_run(f)), noted or "NAME")
+    noted = adapter.method.get("recipe")  # of a file of somebody's own, only its name
+    named = noted if noted in choices("recipe", [recipes_dir()]) else "NAME"
+    recipe = next((str(f / run_folder.CONFIG) for f in folders if run_folder.is_run(f)), named)
     return [
         f"  out         {out}",
         "next:",
         f"  dora-eval checkpoint={here} recipe={quote(str(recipe))}{base}",
-        f"  dora-merge checkpoint={here}{base} out={quote(str(out.with_name(f'{out.name}-merged')))}",
+        f"  dora-merge checkpoint={here}{base} out={quote(f'{out}-merged')}",
     ]
 
 

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dora_cli.config import record
 from dora_cli.config.check import Key, check_config, check_range, check_type, find_key, known_keys, show
-from dora_cli.config.layers import Layer, Recipe, find_recipe, opened
+from dora_cli.config.layers import Layer, Recipe, find_recipe, group_of, opened
 from dora_cli.config.overrides import Override, parse
 from dora_cli.config.recipes import GROUPS, check_choice, choices, missing_recipe, search_folders
 from dora_cli.config.schema import PART_GROUPS, Config, part_defaults, part_schema
@@ -81,6 +81,8 @@ def compose(
         layers = composition.layers()
         origin = _check_leaves(layers, typed, keys)
         last = {leaf.key: layer.name for layer in layers for leaf in layer.leaves()}
+        methods = [layer for layer in layers if layer.name.startswith("method/")]
+        of_method = {(group_of(key), name) for layer in methods for key, name, _ in layer.source.defaults}
         if to_run:
             _check_sweep(layers, typed, recipe)
         cfg = composition.config()
@@ -95,8 +97,9 @@ def compose(
         names[group] = name = values[group].pop("name")
         if name not in parts[group]:
             raise UserError(f"unknown {group} '{name}'", where=origin.get(f"{group}.name"))
-        said = {key for key, layer in last.items() if layer.startswith(("method/", "tuned/")) and key not in given}
-        values[group] = meant(group, parts[group][name], values[group], said)
+        if (group, name) not in of_method:
+            said = {key for key, layer in last.items() if layer.startswith(("method/", "tuned/")) and key not in given}
+            values[group] = meant(group, parts[group][name], values[group], said)
         options, unread = part_options(group, name, values[group], parts, given)
         built[group] = build_part(group, parts[group][name], options, origin)
         values[group] = {"name": name, **options}

@@ -56,13 +56,13 @@ def from_preset(
             built[group] = part
             continue
         check_choice(group, part, folders)
-        said = {f"{group}.{option}": value for option, value in preset.get(group, {}).items()}
-        values = meant(group, parts[group][part], preset.get(group, {}), said) | {
-            name.partition(".")[2]: value for name, value in given.items()
-        }
+        values = dict(preset.get(group, {}))
+        if part != names[group]:
+            values = meant(group, parts[group][part], values, {f"{group}.{option}" for option in values})
+        values |= {name.partition(".")[2]: value for name, value in given.items()}
         filled, unread = part_options(group, part, values, parts, given)
         names[group], built[group] = part, build_part(group, parts[group][part], filled, {})
         dropped += unread
     config = Config(budget=budget, seed=seed, export=export)
-    origin: dict[str, str | None] = {"budget": None} if budget is not None else {}
+    origin: dict[str, str | None] = dict.fromkeys(options, None) | ({"budget": None} if budget is not None else {})
     return Composed(config, built, names, "", method, dropped, "", origin=origin)

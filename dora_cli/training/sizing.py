@@ -28,6 +28,11 @@ def check_values(composed: Any, budget: Budget | None) -> None:
             f"regularizer.target_rank={wanted:g} lies above the start, adapter.rank={rank}: no gate would ever close",
             hint="lower regularizer.target_rank, or raise adapter.rank",
         )
+    if rank is not None and composed.origin.get("allocator.start_ratio", "") is None:
+        raise UserError(
+            f"allocator.start_ratio has no effect: adapter.rank={rank} says where the adapter starts",
+            hint="leave out one of them",
+        )
     if config.model.add_tokens and parts["adapter"].export not in ("lora", "decomposed"):
         raise UserError(
             f"model.add_tokens: method={composed.method} is saved in a form that has no place for new embeddings",

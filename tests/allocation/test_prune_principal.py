@@ -1,6 +1,7 @@
 """Pruning of principal components: what goes is the least that any choice of ranks could lose."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def layers() -> dict[str, LoraLayer]:
     return made
 
 
-def pruned(made: dict[str, LoraLayer], target: Target, **options: object) -> Allocation:
+def pruned(made: dict[str, LoraLayer], target: Target, **options: object) -> tuple[Allocation, dict[str, Any]]:
     allocation = Allocation(
         made,
         schedule=CubicEarly(start=0, end=1.0),
@@ -44,8 +45,9 @@ def pruned(made: dict[str, LoraLayer], target: Target, **options: object) -> All
     )
     optimizer = torch.optim.AdamW([p for layer in made.values() for p in (layer.a, layer.b)], lr=0.0)
     allocation.after_backward(1)
-    allocation.after_step(1, optimizer)
-    return allocation
+    event = allocation.after_step(1, optimizer)
+    assert event is not None
+    return allocation, event
 
 
 @pytest.mark.parametrize("limit", [1, 5, 9])
@@ -78,8 +80,10 @@ def test_under_a_budget_of_parameters_what_counts_is_energy_per_parameter(cost_a
         if spent > limit:
             break
         expected[name] += 1
-    allocation = pruned(made, Target(limit, by_cost=True), cost_aware=cost_aware)
+    allocation, event = pruned(made, Target(limit, by_cost=True), cost_aware=cost_aware)
     assert allocation.table.ranks() == expected
+    line = event["standing"]  # of what was ranked
+    assert line["lowest_kept"] >= line["highest_lost"]
     assert allocation.table.alive_cost() <= limit
 
 
@@ -104,7 +108,7 @@ def test_what_lives_stays_whole_whichever_components_were_dropped_before() -> No
 
 def test_energy_counts_the_scale_and_sees_how_large_a_module_s_update_is() -> None:
     made = layers()
-    allocation = pruned(made, Target(12, by_cost=False))  # nothing goes
+    allocation, _ = pruned(made, Target(12, by_cost=False))  # nothing goes
     scores = Energy().scores(allocation.table, None)
     for m, layer in enumerate(made.values()):
         sizes = torch.linalg.svdvals(layer.delta_weight())[:RANK].square()

@@ -167,6 +167,12 @@ def test_a_loss_that_is_no_number_is_over_any_tolerance(bad: float, stack: Any) 
     assert events[-1]["auto"]["best"] == 1.0
 
 
+def test_a_first_loss_that_is_no_number_binds_nothing(stack: Any) -> None:
+    losses = iter([math.nan] + [1.0] * 30)
+    events = list(Run(stack, lambda table: next(losses), tolerance=0.0).events(last=6))
+    assert [e["auto"]["committed"] for e in events] == [None, True, True]
+
+
 def test_the_best_only_falls_so_that_steps_within_the_tolerance_do_not_add_up(stack: Any) -> None:
     losses = iter([1.0, 0.9, 0.99, 1.0, *[1.0] * 30])  # a tenth above 0.9 is 0.99
     events = list(Run(stack, lambda table: next(losses), tolerance=0.1).events(last=8))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,6 +109,23 @@ def test_a_file_of_one_rank_stays_below_its_budget(make_case: MakeCase, tmp_path
     record = record_of(tmp_path / "out")
     written = sum(tensor.numel() for tensor in factors.values())
     assert written == record["after"]["parameters"] <= 0.6 * record["before"]["parameters"]
+
+
+def test_the_commands_that_it_ends_with_name_what_there_is(
+    make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe of somebody's own is known by its name alone, of which nothing can be made elsewhere."""
+    case = make_case("bert")
+    for noted, said in (("quickstart", "quickstart"), ("mine", "NAME")):
+        adapter, out = case.write(tmp_path / noted, method={**case.method, "recipe": noted}), tmp_path / f"less {noted}"
+        compressed(f"checkpoint={adapter}", "energy=1", f"out={out}")
+        commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:]]
+        assert commands[0] == ["dora-eval", f"checkpoint={out}", f"recipe={said}"]
+        assert commands[1] == ["dora-merge", f"checkpoint={out}", f"out={out}-merged"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main([f"checkpoint={adapter}", "energy=1", "out=."]) == 2
+    assert "is the folder that you are in" in capsys.readouterr().err and not os.listdir()
 
 
 @pytest.mark.parametrize("variant", ["rslora_bias", "adalora", "use_dora"])

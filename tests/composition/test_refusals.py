@@ -79,6 +79,11 @@ NOWHERE = ["recipe=text_classification", "model.name=/nowhere", "data.path=/nowh
         (["method=elalora", "schedule=auto"], "keeps one total throughout", "schedule=constant"),
         (["method=lora", "schedule=auto"], "acts on nothing", "allocator=prune"),
         (["method=dora", "schedule=linear", "schedule.floor=3"], "linear does not read it", "read by auto"),
+        (
+            ["method=dora", "budget=r2", "adapter.rank=4", "allocator.start_ratio=2"],
+            "allocator.start_ratio has no effect",
+            "leave out one",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )

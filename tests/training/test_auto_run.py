@@ -109,6 +109,21 @@ def test_names_plans_and_windows(
     assert not any("too good" in note for note in plan["notes"])
 
 
+@pytest.mark.parametrize(("schedule", "start"), [("auto", 0.4), ("cubic_late", 0.3)])
+def test_a_method_that_searches_by_itself_says_when(schedule: str, start: float, tmp_path: Path) -> None:
+    """What another method says of its own schedule's window does not hold for a search."""
+    from dora_cli.cli.parts import load_parts
+    from dora_cli.config.compose import compose
+
+    parts = {"adapter": "lora", "importance": "energy", "schedule": schedule, "allocator": "prune"}
+    lines = [f"  - override /{group}: {name}\n" for group, name in (parts | {"regularizer": "none"}).items()]
+    (tmp_path / "method").mkdir()
+    text = f"# @package _global_\n# A method.\ndefaults:\n{''.join(lines)}schedule:\n  start: 0.4\n"
+    (tmp_path / "method" / "mine.yaml").write_text(text)
+    words = ["recipe=text_classification", "data.path=x", "method=mine", "schedule=auto"]
+    assert compose(words, load_parts(), [tmp_path]).parts["schedule"].start == start
+
+
 def test_the_rows_are_the_same_each_time_whoever_shares_them(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     from dora_cli.cli.parts import load_parts
     from dora_cli.config.compose import compose

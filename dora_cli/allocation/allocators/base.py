@@ -57,6 +57,7 @@ class Allocator:
     tries: ClassVar[bool] = False  # whether what it would prune next can be cut on trial (``schedule=auto``)
 
     interval: int | float = 1
+    cost_aware: bool = False  # whether scores are ranked per parameter, where the budget counts parameters
 
     def bounds(self, table: UnitTable, target: Target | None) -> tuple[int, int]:
         """What the schedule counts from and to."""

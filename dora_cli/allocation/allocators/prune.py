@@ -31,6 +31,5 @@ class Prune(Allocator):
 
     def act(self, event: Event) -> None:
         self.prepare(event)
-        scores = event.scores() / event.table.cost if self.cost_aware and event.by_cost else event.scores()
-        keep = top(event.table, scores, event.limit, by_cost=event.by_cost, min_rank=self.min_rank)
+        keep = top(event.table, event.scores(), event.limit, by_cost=event.by_cost, min_rank=self.min_rank)
         event.table.keep(keep, final=event.final or not self.revive)
