@@ -49,4 +49,5 @@ class Signals:
                 os.write(2, b"ended at once, nothing saved; resume=true goes on from the newest checkpoint\n")
             os._exit(EXIT_CODES[name])
         self.name = name
-        self.say(f"{name}: saving after this step" + ("; once more ends at once" if self.alone else ""))
+        with suppress(RuntimeError):  # it came in the midst of a write to the same stream, which takes no other
+            self.say(f"{name}: saving after this step" + ("; once more ends at once" if self.alone else ""))
