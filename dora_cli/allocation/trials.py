@@ -25,8 +25,8 @@ class Trials(Allocator):
     """Takes an allocator's place: what its importance ranks lowest is cut, and at the next event dropped or put back.
 
     What is cut is silent until then: closed, without gradients, and out of what lives; the others learn to do without.
-    Put back, it has the values and moments that it was cut with, to the bit. Its scores have faded meanwhile, so the
-    next cut, half as large, takes it first: the search goes back along the way it came.
+    Put back, it has the values and moments that it was cut with, to the bit, and the next cut is half as large. Nothing
+    is tried before the loss has fallen by more than what is tolerated: else no cut could lose what was learned.
 
     Args:
         schedule: how much is cut, and what is tolerated.
@@ -35,6 +35,7 @@ class Trials(Allocator):
 
     Attributes:
         pending: (n,) bool, what is cut and not decided.
+        initial: the loss before the first step.
         best: the lowest loss that an event has seen with everything in place or gone for good.
         cut: the share that the next cut takes.
         refused: cuts in a row that were put back.
@@ -45,6 +46,7 @@ class Trials(Allocator):
         self.schedule, self.allocator, self.loss = schedule, allocator, loss
         self.interval = allocator.interval
         self.min_rank: int = getattr(allocator, "min_rank", 0)
+        self.initial: float | None = None
         self.best, self.cut, self.refused, self.done = math.inf, schedule.cut, 0, False
         self.decision: dict[str, Any] = {}
 
@@ -80,6 +82,8 @@ class Trials(Allocator):
         return window.start <= step < window.end and (step - window.start) % every == 0
 
     def after_backward(self, table: UnitTable, step: int, window: Window) -> None:
+        if self.initial is None:
+            self.initial = self.loss()
         for layer, units in self._held(table):
             layer.mute_gradient(units)
 
@@ -101,8 +105,16 @@ class Trials(Allocator):
         if kept is not False and loss < self.best:
             self.best = loss
         self.decision = {"loss": loss, "best": self.best, "tried": tried, "committed": kept, "cut": share}
-        if not event.final and not self.done:
+        self.decision |= {"initial": self.initial, "learned": self.learned}
+        if self.learned and not event.final and not self.done:
             self._try(event)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the loss has fallen by more than what is tolerated. One that was no number at first may be any."""
+        if self.initial is None or not math.isfinite(self.initial):
+            return True
+        return self.best < self.initial - self.schedule.tolerance * abs(self.initial)
 
     def report(self, table: UnitTable) -> dict[str, Any]:
         """``budget`` is what lives for certain, or is on trial; ``auto`` what was decided, before the next trial."""
@@ -160,12 +172,13 @@ class Trials(Allocator):
     # ---- state ---------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         numbers = {"cut": self.cut, "refused": self.refused, "done": int(self.done)}
-        best = {} if math.isinf(self.best) else {"best": self.best}
-        return {"pending": self.pending} | numbers | best | {COPY + key: value for key, value in self.copies.items()}
+        losses = {"best": self.best, "initial": self.initial}
+        finite = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        return {"pending": self.pending} | numbers | finite | {COPY + key: value for key, value in self.copies.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pending = state["pending"].cpu()
         self.cut, self.refused, self.done = float(state["cut"]), int(state["refused"]), bool(state["done"])
-        self.best = float(state.get("best", math.inf))
+        self.best, self.initial = float(state.get("best", math.inf)), float(state.get("initial", math.inf))
         self.copies = {key.removeprefix(COPY): value for key, value in state.items() if key.startswith(COPY)}
         self._places = None

@@ -24,9 +24,9 @@ EXIT_CODES: dict[str, str] = {
     "0": "success",
     "1": "a failure (full disk, no memory, a bug)",
     "2": "a mistake in the command or its files; nothing was written",
-    "130, 143, 138, 129": "Ctrl-C, SIGTERM, SIGUSR1, SIGHUP: saved, resume=true goes on",
 }
-
+STOPPED = {"130, 143, 138, 129": "Ctrl-C, SIGTERM, SIGUSR1, SIGHUP: saved, resume=true goes on"}
+INTERRUPTED = {"130, 143": "Ctrl-C, SIGTERM: nothing half written is left"}
 
 ENVIRONMENT = {
     "NO_COLOR, FORCE_COLOR": "without colours, or with them in a pipe as well",
@@ -76,7 +76,7 @@ def train_help(folders: Sequence[Path]) -> str:
                     "checkpoints/": "from which resume=true goes on, exactly",
                 },
             ),
-            *_section("exit codes", EXIT_CODES),
+            *_section("exit codes", {**EXIT_CODES, **STOPPED}),
             *_section("environment", ENVIRONMENT),
             *_examples(
                 "dora-train recipe=glue_sst2 budget=0.1",
@@ -115,7 +115,7 @@ def merge_help() -> str:
                     "manifest.json": "size and SHA-256 of each file; checked when they are read",
                 },
             ),
-            *_section("exit codes", EXIT_CODES),
+            *_section("exit codes", {**EXIT_CODES, **INTERRUPTED}),
             *_section("environment", ENVIRONMENT),
             *_examples(
                 "dora-merge checkpoint=runs/glue_sst2/dora-b0.1-s1 out=merged",
@@ -150,7 +150,7 @@ def compress_help() -> str:
                     "manifest.json": "size and SHA-256 of each file; checked when they are read",
                 },
             ),
-            *_section("exit codes", EXIT_CODES),
+            *_section("exit codes", {**EXIT_CODES, **INTERRUPTED}),
             *_examples(
                 "dora-compress checkpoint=runs/first dry_run=true",
                 "dora-compress checkpoint=runs/first budget=0.5 out=half",
@@ -183,7 +183,7 @@ def eval_help() -> str:
                     "predictions-SPLIT.jsonl": "a row a line: its id or number, the prediction, the reference",
                 },
             ),
-            *_section("exit codes", EXIT_CODES),
+            *_section("exit codes", {**EXIT_CODES, **INTERRUPTED}),
             *_section("environment", ENVIRONMENT),
             *_examples(
                 "dora-eval checkpoint=runs/glue_sst2/dora-b0.1-s1",
@@ -221,7 +221,7 @@ def recipes_help() -> str:
                 },
             ),
             *_section("flags", {**CONFIG_DIR, **HELP_FLAGS}),
-            *_section("exit codes", {code: EXIT_CODES[code] for code in ("0", "1", "2")}),
+            *_section("exit codes", EXIT_CODES),
             *_section("environment", ENVIRONMENT),
             *_examples(
                 "dora-recipes list method",
@@ -257,7 +257,7 @@ def report_help() -> str:
                     "*.png": "the charts",
                 },
             ),
-            *_section("exit codes", {code: EXIT_CODES[code] for code in ("0", "1", "2")}),
+            *_section("exit codes", EXIT_CODES),
             *_examples(
                 "dora-report runs='runs/sweep/*'",
                 "dora-report runs=runs/a,runs/b out=a-against-b",

@@ -13,8 +13,10 @@ from dora_cli.adapters.inject import parameter_groups
 from dora_cli.adapters.lora import Lora
 from dora_cli.adapters.svd import Svd
 from dora_cli.allocation.allocators.prune import Prune
+from dora_cli.allocation.allocators.prune_principal import PrunePrincipal
 from dora_cli.allocation.controller import Allocation
 from dora_cli.allocation.importance.base import Importance
+from dora_cli.allocation.importance.energy import Energy
 from dora_cli.allocation.regularizers.none import NoRegularizer
 from dora_cli.allocation.schedules import Auto
 from dora_cli.allocation.table import UnitTable
@@ -31,20 +33,25 @@ class Fixed(Importance):
 
 
 class Run:
-    """A tiny regression, with a held-out loss that the test makes up. Events after every second step from 2 to 40."""
+    """A tiny regression, with a held-out loss that the test makes up. Events after every second step from 2 to 40.
+
+    The loss before the first step is ``initial``.
+    """
 
     def __init__(self, stack: Any, loss: Callable[[UnitTable], float], part: Any = None, **options: Any) -> None:
         self.model, self.layers = stack(n=4, width=8, rank=6, part=part)
-        given = {name: options.pop(name) for name in ("min_rank", "total_steps") if name in options}
+        allocator, importance = options.pop("allocator", None), options.pop("importance", Fixed())
+        given = {name: options.pop(name) for name in ("min_rank", "initial") if name in options}
+        first = [loss for loss in [given.get("initial", 9.0)] if loss is not None]
         schedule = Auto(**{"start": 2, "end": 40, "cut": 0.25, "growth": 1.0, "patience": 9} | options)
         self.allocation = Allocation(
             self.layers,
             schedule=schedule,
-            importance=Fixed(),
-            allocator=Prune(interval=2, min_rank=given.get("min_rank", 0)),
+            importance=importance,
+            allocator=allocator or Prune(interval=2, min_rank=given.get("min_rank", 0)),
             regularizer=NoRegularizer(),
             total_steps=44,
-            held_out=lambda: loss(self.allocation.table),
+            held_out=lambda: first.pop() if first else loss(self.allocation.table),
         )
         self.table = self.allocation.table
         groups = parameter_groups(self.layers, lr=1e-2, weight_decay=0.1)
@@ -147,7 +154,7 @@ def test_what_is_put_back_is_as_it_was_though_tensors_shrank_meanwhile(part: Any
         drifted = run.units()
         event = run.allocation.after_step(t, run.optimizer)
     assert event is not None and event["auto"] == {
-        "loss": 5.0, "best": 1.0, "tried": 6, "committed": False, "cut": 0.5
+        "loss": 5.0, "best": 1.0, "tried": 6, "committed": False, "cut": 0.5, "initial": 9.0, "learned": True
     }  # fmt: skip
     # At once a smaller cut is on trial: what is not in it is open again.
     after, again = run.units(), [row for row in trial if bool(run.table.alive[row])]
@@ -159,18 +166,50 @@ def test_what_is_put_back_is_as_it_was_though_tensors_shrank_meanwhile(part: Any
     assert all(map(torch.equal, after[survivor], drifted[survivor]))
 
 
+def test_of_turned_components_the_cut_ones_come_back_as_what_they_were_turned_into(stack: Any) -> None:
+    losses = iter([1.0, 5.0])
+    turned = {"allocator": PrunePrincipal(interval=2), "importance": Energy()}
+    run = Run(stack, lambda table: next(losses), Lora(), patience=1, cut=0.5, end=5, **turned)
+
+    def deltas() -> list[Tensor]:
+        return [layer.delta_weight().detach().double() for layer in run.layers.values()]
+
+    run.backward(1)
+    run.optimizer.zero_grad()
+    run.backward(2)
+    whole = deltas()
+    assert run.allocation.after_step(2, run.optimizer) is not None  # turns, and cuts a half for a trial
+    left = deltas()
+    cut = [delta - other for delta, other in zip(whole, left, strict=True)]
+    run.optimizer.zero_grad()
+    # The best half of all: no cut to as many components is nearer, and what is cut stands square to what is left.
+    spectra = torch.cat([torch.linalg.svdvals(delta) for delta in whole]).sort(descending=True).values
+    assert sum(delta.square().sum() for delta in cut) == pytest.approx(float(spectra[12:].square().sum()), rel=1e-4)
+    assert all((c * other).sum().abs() < 1e-6 * other.square().sum() + 1e-12 for c, other in zip(cut, left, strict=True))
+    for t in (3, 4):
+        run.backward(t)
+        run.allocation.allocator.after_step(run.table, t, run.allocation.window)  # else moments have opened them a bit
+        trained = deltas()
+        event = run.allocation.after_step(t, run.optimizer)
+        run.optimizer.zero_grad()
+    assert event is not None and event["auto"]["committed"] is False and event["alive"] == 24
+    for now, other, missed in zip(deltas(), trained, cut, strict=True):
+        assert torch.allclose(now, other + missed, rtol=1e-4, atol=1e-7)
+    assert any(not torch.equal(other, kept) for other, kept in zip(trained, left, strict=True))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_is_over_any_tolerance(bad: float, stack: Any) -> None:
     losses = iter([1.0, bad, 1.0] + [1.0] * 30)
-    events = list(Run(stack, lambda table: next(losses), tolerance=1e6).events(last=6))
+    events = list(Run(stack, lambda table: next(losses), tolerance=0.8).events(last=6))
     assert [e["auto"]["committed"] for e in events] == [None, False, True]
     assert events[-1]["auto"]["best"] == 1.0
 
 
-def test_a_first_loss_that_is_no_number_binds_nothing(stack: Any) -> None:
+def test_where_the_loss_of_an_event_is_no_number_nothing_is_tried_after_it(stack: Any) -> None:
     losses = iter([math.nan] + [1.0] * 30)
-    events = list(Run(stack, lambda table: next(losses), tolerance=0.0).events(last=6))
-    assert [e["auto"]["committed"] for e in events] == [None, True, True]
+    events = list(Run(stack, lambda table: next(losses), tolerance=0.0).events(last=8))
+    assert [e["auto"]["committed"] for e in events] == [None, None, True, True]
 
 
 def test_the_best_only_falls_so_that_steps_within_the_tolerance_do_not_add_up(stack: Any) -> None:
@@ -178,6 +217,19 @@ def test_the_best_only_falls_so_that_steps_within_the_tolerance_do_not_add_up(st
     events = list(Run(stack, lambda table: next(losses), tolerance=0.1).events(last=8))
     assert [e["auto"]["committed"] for e in events] == [None, True, True, False]
     assert [e["auto"]["best"] for e in events] == [1.0, 0.9, 0.9, 0.9]
+
+
+@pytest.mark.parametrize("initial", [0.5, 1.0, 1.01, math.nan])
+def test_nothing_is_tried_before_something_is_learned(initial: float, stack: Any) -> None:
+    """A loss that falls late, from 1 to 0.9 at step 20; and one that never falls."""
+    losses = iter([1.0] * 9 + [0.9] * 30)
+    events = list(Run(stack, lambda table: next(losses), tolerance=0.05, initial=initial).events())
+    tries = [event["step"] for event in events if event["alive"] < 24]
+    if initial == 0.5:
+        assert tries == [] and events[-1]["budget"] == 24 and not events[-1]["auto"]["learned"]
+    else:
+        assert tries[0] == (2 if math.isnan(initial) else 20)
+        assert events[-1]["budget"] < 24
 
 
 def test_patience_floor_and_least_ranks_end_it(stack: Any) -> None:
@@ -216,7 +268,7 @@ def test_a_search_goes_on_where_its_state_was_taken(stack: Any) -> None:
     cut = Run(stack, cliff(12), tolerance=0.01)
     list(cut.events(last=9))
     state, trials = cut.allocation.state_dict(), cut.allocation.allocator
-    again = Run(stack, cliff(12), tolerance=0.01)
+    again = Run(stack, cliff(12), tolerance=0.01, initial=None)  # none is asked for any more
     again.allocation.load_state_dict(state)
     fresh = again.allocation.allocator.state_dict()
     assert fresh.keys() == trials.state_dict().keys()
