@@ -91,8 +91,8 @@ def trial(decision: Mapping[str, Any]) -> str:
     what = {True: "kept", False: "undone"}.get(decision["committed"])
     cut = f"cut of {decision['tried']} {what}" if what else "no cut to decide"
     if not decision["learned"]:
-        first = number(decision["initial"])
-        return f"nothing tried: held-out loss {number(decision['loss'])} is not below {first}, the first, by the tolerance"
+        now, first = number(decision["loss"]), number(decision["initial"])
+        return f"nothing tried: held-out loss {now}, untrained {first}, which differ by less than the tolerance"
     return f"{cut}: held-out loss {number(decision['loss'])}, best {number(decision['best'])}"
 
 

@@ -185,7 +185,8 @@ def test_of_turned_components_the_cut_ones_come_back_as_what_they_were_turned_in
     # The best half of all: no cut to as many components is nearer, and what is cut stands square to what is left.
     spectra = torch.cat([torch.linalg.svdvals(delta) for delta in whole]).sort(descending=True).values
     assert sum(delta.square().sum() for delta in cut) == pytest.approx(float(spectra[12:].square().sum()), rel=1e-4)
-    assert all((c * other).sum().abs() < 1e-6 * other.square().sum() + 1e-12 for c, other in zip(cut, left, strict=True))
+    for one, other in zip(cut, left, strict=True):
+        assert (one * other).sum().abs() < 1e-6 * other.square().sum() + 1e-12
     for t in (3, 4):
         run.backward(t)
         run.allocation.allocator.after_step(run.table, t, run.allocation.window)  # else moments have opened them a bit
