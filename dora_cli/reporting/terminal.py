@@ -92,7 +92,7 @@ def trial(decision: Mapping[str, Any]) -> str:
     cut = f"cut of {decision['tried']} {what}" if what else "no cut to decide"
     if not decision["learned"]:
         now, first = number(decision["loss"]), number(decision["initial"])
-        return f"nothing tried: held-out loss {now}, untrained {first}, which differ by less than the tolerance"
+        return f"nothing tried yet: held-out loss {now}, untrained {first}"
     return f"{cut}: held-out loss {number(decision['loss'])}, best {number(decision['best'])}"
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dora_cli.allocation.controller import Allocation
+from dora_cli.allocation.trials import Trials
 from dora_cli.api import adapt
 from dora_cli.errors import UserError
 from dora_cli.processes import World
@@ -37,10 +38,11 @@ def test_a_run_finds_its_budget_and_says_how(
     dora_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert dora_train(*WORDS, "schedule.tolerance=0.01") == 0
+    words = ["train.max_steps=40", "schedule.end=36", "train.learning_rate=0.05", "schedule.tolerance=0.002"]
+    assert dora_train(*WORDS, *words) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "found by the run: 1 to 48 components" in printed
-    assert "if every cut is kept" in printed and "the loss on 20 validation rows stays within 0.01" in printed
+    assert "if every cut is kept" in printed and "the loss on 20 validation rows stays within 0.002" in printed
     assert "the recipe's budget=r4 has no effect, since adapter.rank is set" in printed
     assert "data.splits.test=…" in printed
     events, summary = records(run, "allocation"), read(run / "summary.json")
@@ -48,19 +50,21 @@ def test_a_run_finds_its_budget_and_says_how(
     for event in events:
         auto = event["auto"]
         kept = auto["committed"]
-        assert kept is (auto["loss"] <= best * 1.01 if auto["tried"] else None)
+        assert kept is (auto["loss"] <= best * 1.002 if auto["tried"] else None)
         best = min(best, auto["loss"]) if kept is not False else best
         left -= auto["tried"] if kept else 0
         assert auto["best"] == best and event["budget"] == left >= event["alive"]
         if kept is not None:
             word = "kept" if kept else "undone"
-            assert f"step {event['step']}/24 cut of {auto['tried']} {word}: held-out loss" in printed
-    assert events[-1]["step"] == 20 and events[-1]["alive"] == left < 48
+            assert f"step {event['step']}/40 cut of {auto['tried']} {word}: held-out loss" in printed
+    assert not events[0]["auto"]["learned"]
+    assert f"step 4/40 nothing tried yet: held-out loss {events[0]['auto']['loss']:.4g}, untrained 0.69" in printed
+    assert events[-1]["step"] == 36 and events[-1]["alive"] == left < 48
     assert f"final choice: {left} units alive" in printed
     assert summary["budget"] | {"params_start": 0, "params_end": 0} == {
         "requested": "auto", "components_start": 48, "components_end": left, "params_start": 0, "params_end": 0
     }  # fmt: skip
-    assert summary["best"]["step"] == 24  # from the final choice on
+    assert summary["best"]["step"] in (36, 40)  # from the final choice on
     adapter = load_file(run / "adapter/adapter_model.safetensors")
     assert sum(t.shape[0] for name, t in adapter.items() if "lora_A" in name) == left
     assert (run / "report.html").stat().st_size > 1000
@@ -70,7 +74,13 @@ def test_resuming_in_a_trial_gives_the_same_bits(
     dora_train: Train, tmp_path: Path, unplugged: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At step 15, where a cut of three is on trial, to be put back at 16: fewer than 30 components are too few."""
-    monkeypatch.setattr(Allocation, "_held_out", lambda self: 1.0 if self.table.alive_count() >= 30 else 2.0)
+
+    def loss(self: Allocation) -> float:
+        if isinstance(self.allocator, Trials) and self.allocator.initial is None:
+            return 9.0
+        return 1.0 if self.table.alive_count() >= 30 else 2.0
+
+    monkeypatch.setattr(Allocation, "_held_out", loss)
     words = [*WORDS, "train.save_every=5", "method=adalora"]
     assert dora_train(*words, f"out={tmp_path}/whole") == 0
     unplugged(15, *words, f"out={tmp_path}/cut")
@@ -168,12 +178,11 @@ def test_a_loop_of_ones_own_gives_the_loss() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
     x, y = torch.randn(2, 16, 8)
-    options = {"adapter.rank": 4, "adapter.targets": ["0", "2"], "allocator.interval": 2, "schedule.tolerance": 9.0}
+    options = {"adapter.rank": 4, "adapter.targets": ["0", "2"], "allocator.interval": 2}
     asked: list[float] = []
 
     def probe() -> float:
-        with torch.no_grad():
-            asked.append(float((net(x) - y).square().mean()))
+        asked.append(1.0 if asked else 9.0)  # learned something, and loses none of it
         return asked[-1]
 
     with pytest.raises(UserError, match=r"budget=0\.5 and schedule=auto contradict each other"):
@@ -188,5 +197,5 @@ def test_a_loop_of_ones_own_gives_the_loss() -> None:
         events.append(dora.after_step(optimizer))
         optimizer.zero_grad()
     decided = [event["auto"]["loss"] for event in events if event]
-    assert decided == asked and 3 < len(asked) < 11  # of steps 12, 14, … 32: one is left before, so it ends
+    assert decided == asked[1:] and 4 < len(asked) < 12  # of steps 12, 14, … 32: one is left before, so it ends
     assert sum(dora.ranks().values()) == 1
