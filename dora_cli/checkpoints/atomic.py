@@ -79,6 +79,19 @@ def save_tensors(
         temporary.chmod(mode)  # safetensors makes files that only their owner can read, whatever the umask says
 
 
+def require_new_folder(out: Path) -> None:
+    """What a user names as ``out`` must become a folder by a rename.
+
+    Raises:
+        UserError: it holds something, is a file, or is where this process is: that would be left without a folder.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"out={out} exists and is not empty", hint="name a new folder, or empty this one first")
+    if out.resolve() == Path.cwd():
+        hint = "name a new folder: it appears whole, by a rename"
+        raise UserError(f"out={out} is the folder that you are in", hint=hint)
+
+
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, which becomes ``path`` when the block ends without an exception, and is removed otherwise.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dora_cli.checkpoints.adapter_file import AdapterFile, read_adapter
-from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text, sweep
+from dora_cli.checkpoints.atomic import atomic_folder, atomic_write_text, require_new_folder, sweep
 from dora_cli.checkpoints.base_folder import CONFIG, INDEX, SINGLE, copy_small_files, open_base, resolve_base
 from dora_cli.checkpoints.combine import combination, combined, leading
 from dora_cli.checkpoints.deltas import Combination
@@ -128,8 +128,8 @@ def merge(
     if dtype not in OUTPUT_DTYPES:
         raise UserError(f"unknown dtype '{dtype}'", hint=did_you_mean(dtype, OUTPUT_DTYPES))
     limit = parse_size(shard_size)
-    if out.exists() and not (out.is_dir() and (replace or not any(out.iterdir()))):
-        raise UserError(f"out={out} exists and is not empty", hint="name a new folder, or empty this one first")
+    if not (replace and out.is_dir()):
+        require_new_folder(out)
     names = [os.fspath(c) for c in ([checkpoint] if isinstance(checkpoint, (str, os.PathLike)) else checkpoint)]
     adapters = [read_adapter(Path(name)) for name in names]
     adapter, chosen = adapters[0], None

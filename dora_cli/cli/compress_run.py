@@ -20,7 +20,7 @@ from dora_cli.checkpoints.adapter_format import (
     WeightDecomposed,
     write_adapter,
 )
-from dora_cli.checkpoints.atomic import atomic_write_text
+from dora_cli.checkpoints.atomic import atomic_write_text, require_new_folder
 from dora_cli.checkpoints.base_folder import copy_small_files
 from dora_cli.checkpoints.compress import (
     Choice,
@@ -53,12 +53,8 @@ OF_TRAINING = ("step", "metrics", "modules")
 def compress_adapter(options: Options) -> int:
     """Compress, or say what would be kept. Returns the exit code."""
     out = options.out
-    if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"out={out} exists and is not empty", hint="name a new folder, or empty this one first")
-    if out is not None and out.resolve() == Path.cwd():
-        raise UserError(
-            f"out={out} is the folder that you are in", hint="name a new folder: it appears whole, by a rename"
-        )
+    if out is not None:
+        require_new_folder(out)
     adapter = read_adapter(options.checkpoint)
     _require_low_rank(adapter)
     spectra = read_spectra(adapter)

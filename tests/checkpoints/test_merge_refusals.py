@@ -92,7 +92,9 @@ def test_what_a_narrower_type_cannot_hold_is_refused(make_case: MakeCase, tmp_pa
     merge(tmp_path / "adapter", tmp_path / "kept")
 
 
-def test_a_folder_that_holds_something_is_refused(make_case: MakeCase, tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_refused(
+    make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = make_case("bert")
     case.write(tmp_path / "adapter")
     (tmp_path / "out").mkdir()
@@ -101,6 +103,11 @@ def test_a_folder_that_holds_something_is_refused(make_case: MakeCase, tmp_path:
     with pytest.raises(UserError, match="exists and is not empty"):
         merge(tmp_path / "adapter", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the folder that you are in"):  # a rename would leave us in none
+        merge(tmp_path / "adapter", ".")
+    assert not list((tmp_path / "here").iterdir())
 
 
 @pytest.mark.parametrize("size", ["0", "5XB", "-1", "five", "", "1e9", "9" * 400])
