@@ -3,7 +3,8 @@
     python scripts/bench/methods.py --data FOLDER --out FOLDER [--tasks cola sst2 stsb qqp] [--rows 3000]
            [--methods lora adalora dora dora_plus] [--variant "label: method=dora adapter.init=eva" …]
            [--budgets 82944] [--epochs 3] [--rates 5e-4 1e-3 2e-3 4e-3 8e-3] [--tune-seeds 101] [--seeds 1 2 3]
-           [--workers 2] [--against lora] [--override model=minilm "questions: model.name=FOLDER" …]
+           [--rate dora=2.5e-3 …] [--workers 2] [--against lora]
+           [--override model=minilm "questions: model.name=FOLDER" …]
 
 FOLDER of --data holds glue/TASK/{train,validation}.jsonl and gsm8k/{train,test}.jsonl. Of each task:
 
@@ -12,14 +13,15 @@ FOLDER of --data holds glue/TASK/{train,validation}.jsonl and gsm8k/{train,test}
   test         its validation file, or --test rows of it: reported, and never chosen on
 
 Every method tries every rate of the grid with the tuning seeds; the rate with the best mean on `validation` is trained
-again with --seeds, and the weights after the last step are measured on `test` (no checkpoint is chosen). A seed draws
-the same head, the same batches in the same order for all methods, so that differences are paired. Runs are those of
-`dora-train`, in --workers processes of one thread each (or on a GPU, which they share). A run that is finished is not
-done again: the same command goes on where it was interrupted, and another one with the same --out adds to it.
+again with --seeds, and the weights after the last step are measured on `test` (no checkpoint is chosen). A label that
+--rate names has that rate and chooses none, as published ones are tried. A seed draws the same head, the same batches
+in the same order for all methods, so that differences are paired. Runs are those of `dora-train`, in --workers
+processes of one thread each (or on a GPU, which they share). A run that is finished is not done again: the same command
+goes on where it was interrupted, and another one with the same --out adds to it.
 
 Writes OUT/results.json (settings, machine, chosen rates, every run), OUT/table.md and OUT/quality.png. Intervals are
-95 % of Student's t over the paired differences; over tasks, of the differences of all (task, seed) pairs, with the
-spread between tasks beside it.
+95 % of Student's t over the paired differences; over tasks, of the tasks' mean differences, with the one over all
+(task, seed) pairs beside it.
 """
 
 import argparse
@@ -31,6 +33,7 @@ import random
 import sys
 import time
 import traceback
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +122,17 @@ def variants(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
             raise SystemExit(f"error: --variant {text!r} is not 'label: method=NAME key=value …'")
         found[label.strip()] = tuple(words.split())
     return found
+
+
+def given_rates(options: argparse.Namespace, labels: Collection[str]) -> dict[str, float]:
+    """Label → the rate that is taken instead of chosen."""
+    given = {}
+    for text in options.rate:
+        label, _, rate = text.partition("=")
+        if label not in labels:
+            raise SystemExit(f"error: --rate {text!r} names none of {', '.join(labels)}")
+        given[label] = float(rate)
+    return given
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -217,6 +231,7 @@ def main() -> None:
     parser.add_argument("--dev", type=int, default=1000, help="rows that rates are chosen on")
     parser.add_argument("--test", type=int, default=1500, help="rows that are reported, at most")
     parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
+    parser.add_argument("--rate", nargs="+", default=[], help="LABEL=RATE: taken instead of chosen")
     parser.add_argument("--tune-seeds", nargs="+", type=int, default=[101])
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--against", default="lora", help="the label that differences are taken to")
@@ -229,6 +244,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     prepare(options)
     labels = variants(options)
+    given = given_rates(options, labels)
     tuned = do(
         [
             Job(TUNE, budget, task, label, rate, seed, words)
@@ -237,10 +253,12 @@ def main() -> None:
             for seed in options.tune_seeds
             for rate in options.rates
             for label, words in labels.items()
+            if label not in given
         ],
         options,
     )
     rates = best_rates(tuned)
+    rates |= {(b, task, label): given[label] for b in options.budgets for task in options.tasks for label in given}
     reported = do(
         [
             Job(REPORT, budget, task, label, rates[budget, task, label], seed, words)

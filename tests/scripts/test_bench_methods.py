@@ -106,3 +106,11 @@ def test_the_table_and_the_files_hold_what_was_found(bench: Bench, tmp_path: Pat
     content = json.loads((tmp_path / "results.json").read_text())
     assert len(content["reported"]) == 4 and content["chosen"][0]["rate"] == 1e-3
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rate_that_is_given_belongs_to_a_label(bench: Bench) -> None:
+    methods = bench("methods")
+    options = argparse.Namespace(rate=["dora=2.5e-3", "lora qv=4e-4"])
+    assert methods.given_rates(options, ["lora qv", "dora", "lora"]) == {"dora": 2.5e-3, "lora qv": 4e-4}
+    with pytest.raises(SystemExit, match="'dora=2.5e-3' names none of lora"):
+        methods.given_rates(options, ["lora"])
