@@ -112,5 +112,5 @@ def test_a_rate_that_is_given_belongs_to_a_label(bench: Bench) -> None:
     methods = bench("methods")
     options = argparse.Namespace(rate=["dora=2.5e-3", "lora qv=4e-4"])
     assert methods.given_rates(options, ["lora qv", "dora", "lora"]) == {"dora": 2.5e-3, "lora qv": 4e-4}
-    with pytest.raises(SystemExit, match="'dora=2.5e-3' names none of lora"):
+    with pytest.raises(SystemExit, match="names none of lora"):
         methods.given_rates(options, ["lora"])
