@@ -93,8 +93,8 @@ class Job:
             f"train.device={options.device}",
             f"train.epochs={options.epochs:g}",
             f"train.batch_size={options.batch}",
-            "train.eval_every=0.999999",  # the last step alone
-            "train.save_every=0.999999",
+            "train.eval_every=1000000",  # the last step alone
+            "train.save_every=1000000",
             "save.which=last",
             "save.report=false",
             *overrides(self.task, options),
