@@ -27,7 +27,7 @@ class Components(LowRankPart):
 
     decay_gates: bool = field(default=False, metadata={"help": "weight decay on c too, as the official code has it"})
 
-    provides: ClassVar[frozenset[str]] = frozenset({"rows", "gates"})
+    provides: ClassVar[frozenset[str]] = frozenset({"rows", "gates", "directions"})
 
     def layer(self, base: nn.Module, rank: int) -> ComponentsLayer:
         d_out, d_in = linear_shape(base)

@@ -21,7 +21,8 @@ class AdapterPart:
 
     ``units`` names the kinds of unit it offers, its own kind first; ``verbs`` what may be done with its own kind
     (modules can always be silenced, restored, frozen and thawed); ``provides`` what other parts may rest on (``rows``
-    of A in the input's space, ``gates``, ``gate_probability``); ``min_rank`` how many components a module cannot do
+    of A in the input's space, ``directions``: columns of B in the output's, too, both used as they are, ``gates``,
+    ``gate_probability``); ``min_rank`` how many components a module cannot do
     without; ``budgeted`` whether a budget applies; ``wraps`` whether layers are wrapped; ``export`` how it is saved:
     as a ``lora`` pair, a ``decomposed`` one, a ``square``, or whole parameters (``full``); ``no_packed_base`` why the
     base's weights can't be packed (quantised), empty where they can.
@@ -60,6 +61,7 @@ class AdapterPart:
 RANK_HELP = "components per module at the start; null: allocator.start_ratio (1.5) × the average"
 ALPHA_HELP = "scale is alpha / start rank; null: the start rank, a scale of 1"
 SHARED_HELP = "modules that read the same input (q, k, v; gate, up) drop the same entries of it"
+INIT_HELP = "where the factors start: the adapter's own way, eva, lora, open_gates, or orthogonal"
 TARGETS_HELP = "modules to adapt: null (the transformer layers' linears), list, suffix, regex"
 
 
@@ -71,9 +73,7 @@ class RankedPart(AdapterPart):
     dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input", "low": 0.0, "below": 1.0})
     shared_dropout: bool = field(default=True, metadata={"help": SHARED_HELP})
     targets: Any = field(default=None, metadata={"help": TARGETS_HELP})
-    init: str = field(
-        default="default", metadata={"help": "where the factors start: the adapter's own way, eva, lora, or open_gates"}
-    )
+    init: str = field(default="default", metadata={"help": INIT_HELP})
     init_rho: float | None = field(
         default=None, metadata={"help": "eva: candidates per module are rho · rank; 1 moves no ranks", "low": 1.0}
     )

@@ -32,7 +32,7 @@ class Svd(LowRankPart):
 
     decay_gates: bool = field(default=False, metadata={"help": "weight decay on λ too, as PEFT's loop has it"})
 
-    provides: ClassVar[frozenset[str]] = frozenset({"rows", "gates"})
+    provides: ClassVar[frozenset[str]] = frozenset({"rows", "gates", "directions"})
 
     def scale(self, start_rank: int) -> float:
         return 1.0 if self.alpha is None else self.alpha / (max(start_rank, 1) + 1e-5)

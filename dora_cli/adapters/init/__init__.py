@@ -4,4 +4,5 @@ INITS = {
     "eva": "dora_cli.adapters.init.eva:Eva",
     "lora": "dora_cli.adapters.init.lora:LoraStart",
     "open_gates": "dora_cli.adapters.init.open_gates:OpenGates",
+    "orthogonal": "dora_cli.adapters.init.orthogonal:OrthogonalStart",
 }
