@@ -215,6 +215,8 @@ def test_a_dry_run_writes_nothing_and_says_what_the_run_does(
         (["checkpoint=a", "out=y", "budget=r50"], "asks for more than the adapter has"),
         (["checkpoint=a", "out=y", "budget=20"], "keeps no component at all"),
         (["checkpoint=a", "out=full", "budget=0.5"], "out=full exists and is not empty"),
+        (["checkpoint=a", "out=a/manifest.json/x", "budget=0.5"], "manifest.json is a file"),
+        (["checkpoint=a", "out=a/manifest.json/x/y", "budget=0.5"], "manifest.json is a file"),
         (["checkpoint=nowhere", "out=y", "budget=0.5"], "there is no folder nowhere"),
         (["checkpoint=full", "out=y", "budget=0.5"], "holds whole parameters and no low-rank update"),
         (["checkpoint=square", "out=y", "budget=0.5"], "holds square updates, which have no components"),
