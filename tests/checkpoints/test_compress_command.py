@@ -116,8 +116,9 @@ def test_the_commands_that_it_ends_with_name_what_there_is(
 ) -> None:
     """A recipe of somebody's own is known by its name alone, of which nothing can be made elsewhere."""
     case = make_case("bert")
-    for noted, said in (("quickstart", "quickstart"), ("mine", "NAME")):
-        adapter, out = case.write(tmp_path / noted, method={**case.method, "recipe": noted}), tmp_path / f"less {noted}"
+    for noted, said in (("quickstart", "quickstart"), ("mine", "NAME"), (["odd"], "NAME")):
+        method, out = {**case.method, "recipe": noted}, tmp_path / f"less {noted}"
+        adapter = case.write(tmp_path / str(noted), method=method)
         compressed(f"checkpoint={adapter}", "energy=1", f"out={out}")
         commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:]]
         assert commands[0] == ["dora-eval", f"checkpoint={out}", f"recipe={said}"]
