@@ -57,6 +57,7 @@ def compress_adapter(options: Options) -> int:
         require_new_folder(out)
     adapter = read_adapter(options.checkpoint)
     _require_low_rank(adapter)
+    take(adapter.method, "recipe", str, adapter.folder / METHOD, None)  # the card will name it
     spectra = read_spectra(adapter)
     choice = choose(options, spectra, len({*_noted(adapter), *spectra.names}))
     facts = _facts(options, choice)
@@ -281,7 +282,7 @@ def _next_steps(out: Path, adapter: AdapterFile) -> list[str]:
     here, base = quote(str(out)), "" if adapter.base_name else " base=BASE"
     folders = (adapter.folder, adapter.folder.parent)
     noted = adapter.method.get("recipe")  # of a file of somebody's own, only its name
-    named = noted if isinstance(noted, str) and noted in choices("recipe", [recipes_dir()]) else "NAME"
+    named = noted if noted in choices("recipe", [recipes_dir()]) else "NAME"
     recipe = next((str(f / run_folder.CONFIG) for f in folders if run_folder.is_run(f)), named)
     return [
         f"  out         {out}",

@@ -116,9 +116,8 @@ def test_the_commands_that_it_ends_with_name_what_there_is(
 ) -> None:
     """A recipe of somebody's own is known by its name alone, of which nothing can be made elsewhere."""
     case = make_case("bert")
-    for noted, said in (("quickstart", "quickstart"), ("mine", "NAME"), (["odd"], "NAME")):
-        method, out = {**case.method, "recipe": noted}, tmp_path / f"less {noted}"
-        adapter = case.write(tmp_path / str(noted), method=method)
+    for noted, said in (("quickstart", "quickstart"), ("mine", "NAME")):
+        adapter, out = case.write(tmp_path / noted, method={**case.method, "recipe": noted}), tmp_path / f"less {noted}"
         compressed(f"checkpoint={adapter}", "energy=1", f"out={out}")
         commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:]]
         assert commands[0] == ["dora-eval", f"checkpoint={out}", f"recipe={said}"]
@@ -222,6 +221,7 @@ def test_a_dry_run_writes_nothing_and_says_what_the_run_does(
         (["checkpoint=full", "out=y", "budget=0.5"], "holds whole parameters and no low-rank update"),
         (["checkpoint=square", "out=y", "budget=0.5"], "holds square updates, which have no components"),
         (["checkpoint=new", "out=y", "budget=0.5"], "changes nothing: every module's update is 0"),
+        (["checkpoint=odd", "out=y", "budget=0.5"], "method.json is damaged"),
         (["checkpoint=broken", "out=y", "budget=0.5"], "holds numbers that are not finite"),
     ],
 )
@@ -237,6 +237,7 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
     update = LowRank("m", torch.randn(2, 16), torch.randn(16, 2))
     write_adapter("a", modules=[update], head={}, **about)
     write_adapter("new", modules=[LowRank("m", update.a, update.b * 0)], head={}, **about)
+    write_adapter("odd", modules=[update], head={}, **about | {"method": {"recipe": ["x"]}})
     write_full("full", {"m.bias": torch.ones(3)}, **about)
     write_square("square", [Square("m", torch.randn(4, 4), (16, 16))], head={}, **about)
     write_adapter("broken", modules=[update], head={}, **about)
