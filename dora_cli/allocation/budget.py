@@ -23,9 +23,10 @@ class Budget:
 
     def start_rank(self, costs: Sequence[int], ratio: float = PAPER_RATIO) -> int | None:
         """ceil(``ratio`` × the average rank asked for); None for a share."""
-        if self.kind == "average":
-            return math.ceil(ratio * self.value)
-        return math.ceil(ratio * self.value / sum(costs)) if self.kind == "params" else None
+        if self.kind == "share":
+            return None
+        average = self.value / (sum(costs) if self.kind == "params" else 1)
+        return math.ceil(round(ratio * average, 9))  # 1.1 × 10 is a little above 11
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,12 @@ def require_new_folder(out: Path) -> None:
     """What a user names as ``out`` must become a folder by a rename.
 
     Raises:
-        UserError: it holds something, is a file, or is where this process is: that would be left without a folder.
+        UserError: it holds something, is a file or below one, or is where this process is: that would be left without
+            a folder.
     """
+    above = next((folder for folder in out.absolute().parents if folder.exists()), Path("/"))
+    if not above.is_dir():
+        raise UserError(f"out={out} cannot be made: {above} is a file", hint="name a new folder")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out={out} exists and is not empty", hint="name a new folder, or empty this one first")
     if out.resolve() == Path.cwd():

@@ -57,6 +57,7 @@ def compress_adapter(options: Options) -> int:
         require_new_folder(out)
     adapter = read_adapter(options.checkpoint)
     _require_low_rank(adapter)
+    take(adapter.method, "recipe", str, adapter.folder / METHOD, None)  # the card will name it
     spectra = read_spectra(adapter)
     choice = choose(options, spectra, len({*_noted(adapter), *spectra.names}))
     facts = _facts(options, choice)

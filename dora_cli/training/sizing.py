@@ -33,6 +33,7 @@ def check_values(composed: Any, budget: Budget | None) -> None:
             f"allocator.start_ratio has no effect: adapter.rank={rank} says where the adapter starts",
             hint="leave out one of them",
         )
+    _refuse_idle(composed, budget)
     if config.model.add_tokens and parts["adapter"].export not in ("lora", "decomposed"):
         raise UserError(
             f"model.add_tokens: method={composed.method} is saved in a form that has no place for new embeddings",
@@ -77,6 +78,24 @@ def budget_word(composed: Any) -> Any:
     if not composed.parts["adapter"].budgeted:
         return None
     return "auto" if composed.parts["schedule"].finds_budget else composed.config.budget
+
+
+def _refuse_idle(composed: Any, budget: Budget | None) -> None:
+    """Options that were typed and that this schedule or this kind of budget never asks for."""
+    found = composed.parts["schedule"].finds_budget
+    if found and composed.origin.get("allocator.revive", "") is None:
+        raise UserError(
+            "allocator.revive has no effect with schedule=auto",
+            where="what a trial cuts comes back if it is missed, and never after that",
+            hint="leave it out, or set a budget and another schedule, such as cubic_late",
+        )
+    in_parameters = budget is not None and budget.kind == "params"
+    if not in_parameters and composed.origin.get("allocator.cost_aware", "") is None:
+        said = "schedule=auto" if found else f"budget={budget.text if budget else None}"
+        raise UserError(
+            f"allocator.cost_aware has no effect: {said} counts components",
+            hint="leave it out" if found else "leave it out, or say the budget in parameters, such as budget=340k",
+        )
 
 
 def _check_found(composed: Any, budget: Budget | None) -> None:

@@ -59,9 +59,19 @@ def compressed(run: Path, task: str, share: float, split: str) -> dict[str, Any]
 
 
 def runs_of(out: Path, budget: str, task: str, label: str) -> dict[int, Path]:
-    """Seed → folder of the finished runs that methods.py reported."""
-    found = (out / "runs" / "report" / budget / task / label).glob("lr*-s*/summary.json")
-    return {int(file.parent.name.rpartition("-s")[2]): file.parent for file in found}
+    """Seed → folder of the finished runs that methods.py reported, all at one rate: the chosen one where it says so."""
+    by_rate: dict[str, dict[int, Path]] = {}
+    for file in (out / "runs" / "report" / budget / task / label).glob("lr*-s*/summary.json"):
+        rate, _, seed = file.parent.name.removeprefix("lr").rpartition("-s")
+        by_rate.setdefault(rate, {})[int(seed)] = file.parent
+    if len(by_rate) > 1:
+        results = out / "results.json"
+        chosen = json.loads(results.read_text())["chosen"] if results.exists() else []
+        mine = [c["rate"] for c in chosen if (c["budget"], c["task"], c["label"]) == (budget, task, label)]
+        by_rate = {rate: runs for rate, runs in by_rate.items() if float(rate) in mine}
+        if not by_rate:
+            raise SystemExit(f"error: {budget}/{task}/{label} has several rates, and {results} chose none of them")
+    return next(iter(by_rate.values()), {})
 
 
 def measure(options: argparse.Namespace, task: str) -> dict[str, Any] | None:
@@ -73,7 +83,7 @@ def measure(options: argparse.Namespace, task: str) -> dict[str, Any] | None:
     for seed in sorted(large.keys() & small.keys()):
         whole, trained = (json.loads((run / "summary.json").read_text()) for run in (large[seed], small[seed]))
         metric = whole["last"]["name"]
-        sign = -100 if metric in LOWER_IS_BETTER else 100
+        sign = -1 if metric in LOWER_IS_BETTER else 100
         cut = compressed(large[seed], task, options.share, options.split)
         values = [whole["metrics"][options.split], cut["metrics"], trained["metrics"][options.split]]
         quality = dict(zip(("whole", "compressed", "trained"), (sign * v[metric] for v in values), strict=True))

@@ -17,7 +17,9 @@ again with --seeds, and the weights after the last step are measured on `test` (
 --rate names has that rate and chooses none, as published ones are tried. A seed draws the same head, the same batches
 in the same order for all methods, so that differences are paired. Runs are those of `dora-train`, in --workers
 processes of one thread each (or on a GPU, which they share). A run that is finished is not done again: the same command
-goes on where it was interrupted, and another one with the same --out adds to it.
+goes on where it was interrupted. A run is known by its stage, budget, task, label, rate and seed alone: with other
+words, --epochs or --rows, take another label or --out. Another command with the same --out adds its runs, and
+writes the three files below anew, of what it asked for itself.
 
 Writes OUT/results.json (settings, machine, chosen rates, every run), OUT/table.md and OUT/quality.png. Intervals are
 95 % of Student's t over the paired differences; over tasks, of the tasks' mean differences, with the one over all
@@ -204,16 +206,25 @@ def do(jobs: list[Job], options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def best_rates(records: list[dict[str, Any]]) -> dict[tuple[str, str, str], float]:
-    """(budget, task, label) → the rate with the best mean on validation; of equal ones the lowest loss."""
+    """(budget, task, label) → the rate with the best mean on validation; of equal ones the lowest loss.
+
+    A rate at which a seed did not come to its end is out: its mean would be that of the seeds that survived.
+    """
     means: dict[tuple[str, str, str], dict[float, list[tuple[float, float]]]] = {}
     for r in records:
         held, sign = r["validation"], -1 if r["metric"] in LOWER_IS_BETTER else 1
         rates = means.setdefault((r["budget"], r["task"], r["label"]), {})
         rates.setdefault(r["rate"], []).append((sign * held[r["metric"]], -held["loss"]))
-    return {
-        key: max(rates, key=lambda rate: tuple(sum(column) / len(column) for column in zip(*rates[rate], strict=True)))
-        for key, rates in means.items()
-    }
+    best = {}
+    for key, rates in means.items():
+        most = max(map(len, rates.values()))
+        whole = {
+            rate: tuple(sum(column) / most for column in zip(*runs, strict=True))
+            for rate, runs in rates.items()
+            if len(runs) == most
+        }
+        best[key] = max(whole, key=lambda rate: whole[rate])
+    return best
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dora_cli.adapters.components import Components
 from dora_cli.adapters.lora import Lora, LoraLayer
 
 
@@ -46,3 +47,16 @@ def test_merged_is_unmerged_and_dropout_is_irrelevant_at_the_start(scaling: str)
     with torch.no_grad():
         base.weight += layer.delta_weight()
     assert torch.allclose(base(x), expected, atol=1e-5)
+
+
+def test_its_start_on_components_with_gates_gives_b_the_gradient_that_it_has_in_lora() -> None:
+    base, x, part = nn.Linear(9, 7).requires_grad_(False), torch.randn(5, 9), Components(init="lora")
+    gated = part.layer(base, 4)
+    part.start().fill("m", gated)  # type: ignore[union-attr]
+    a = gated.a.detach()
+    assert torch.equal(gated(x), base(x)) and gated.c.eq(1).all() and gated.b.eq(0).all()
+    assert 0.5 * 9**-0.5 < float(a.abs().max()) <= 9**-0.5
+    plain = filled(Lora(), base, 4, torch.zeros(7, 4), a)
+    for layer in (gated, plain):
+        layer(x).square().sum().backward()
+    assert torch.allclose(gated.b.grad, plain.b.grad, atol=1e-6) and gated.b.grad.abs().min() > 0

@@ -48,6 +48,12 @@ def test_start_rank_is_one_and_a_half_times_the_average() -> None:
     assert parse_budget("0.5").start_rank([768] * 4) is None  # type: ignore[union-attr]
 
 
+def test_a_start_ratio_that_floats_cannot_say_starts_no_component_higher() -> None:
+    assert parse_budget("r10").start_rank([768], ratio=1.1) == 11  # type: ignore[union-attr]
+    assert parse_budget("30720").start_rank([768] * 4, ratio=1.1) == 11  # type: ignore[union-attr]
+    assert parse_budget("r10").start_rank([768], ratio=1.11) == 12  # type: ignore[union-attr]
+
+
 def test_a_budget_above_the_start_says_both_numbers() -> None:
     with pytest.raises(UserError) as error:
         resolve(parse_budget("r16"), [768] * 72, 8, shrinks=True)  # type: ignore[arg-type]

@@ -215,10 +215,13 @@ def test_a_dry_run_writes_nothing_and_says_what_the_run_does(
         (["checkpoint=a", "out=y", "budget=r50"], "asks for more than the adapter has"),
         (["checkpoint=a", "out=y", "budget=20"], "keeps no component at all"),
         (["checkpoint=a", "out=full", "budget=0.5"], "out=full exists and is not empty"),
+        (["checkpoint=a", "out=a/manifest.json/x", "budget=0.5"], "manifest.json is a file"),
+        (["checkpoint=a", "out=a/manifest.json/x/y", "budget=0.5"], "manifest.json is a file"),
         (["checkpoint=nowhere", "out=y", "budget=0.5"], "there is no folder nowhere"),
         (["checkpoint=full", "out=y", "budget=0.5"], "holds whole parameters and no low-rank update"),
         (["checkpoint=square", "out=y", "budget=0.5"], "holds square updates, which have no components"),
         (["checkpoint=new", "out=y", "budget=0.5"], "changes nothing: every module's update is 0"),
+        (["checkpoint=odd", "out=y", "budget=0.5"], "method.json is damaged"),
         (["checkpoint=broken", "out=y", "budget=0.5"], "holds numbers that are not finite"),
     ],
 )
@@ -234,6 +237,7 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
     update = LowRank("m", torch.randn(2, 16), torch.randn(16, 2))
     write_adapter("a", modules=[update], head={}, **about)
     write_adapter("new", modules=[LowRank("m", update.a, update.b * 0)], head={}, **about)
+    write_adapter("odd", modules=[update], head={}, **about | {"method": {"recipe": ["x"]}})
     write_full("full", {"m.bias": torch.ones(3)}, **about)
     write_square("square", [Square("m", torch.randn(4, 4), (16, 16))], head={}, **about)
     write_adapter("broken", modules=[update], head={}, **about)

@@ -84,6 +84,17 @@ NOWHERE = ["recipe=text_classification", "model.name=/nowhere", "data.path=/nowh
             "allocator.start_ratio has no effect",
             "leave out one",
         ),
+        (
+            ["method=dora", "adapter.rank=4", "schedule=auto", "allocator.revive=false"],
+            "allocator.revive has no effect with schedule=auto",
+            "leave it out",
+        ),
+        (["method=dora", "budget=r2", "allocator.cost_aware=true"], "budget=r2 counts components", "budget=340k"),
+        (
+            ["method=dora", "adapter.rank=4", "schedule=auto", "allocator.cost_aware=true"],
+            "schedule=auto counts components",
+            "leave it out",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )

@@ -72,6 +72,8 @@ def test_the_rate_is_chosen_by_the_mean_over_seeds_on_validation(bench: Bench) -
     records = [record("a", "own", 1, 0.9, rate=1e-3), record("a", "own", 2, 0.5, rate=1e-3)]
     records += [record("a", "own", s, 0.8, rate=2e-3) for s in (1, 2)]
     assert methods.best_rates(records) == {("1k", "a", "own"): 2e-3}
+    broken = [*records, record("a", "own", 1, 0.95, rate=4e-3)]  # its other seed diverged
+    assert methods.best_rates(broken) == {("1k", "a", "own"): 2e-3}
     worse = [
         record("a", "own", 1, 9.0, rate=1e-3, metric="perplexity"),
         record("a", "own", 1, 8.0, metric="perplexity"),
@@ -114,3 +116,18 @@ def test_a_rate_that_is_given_belongs_to_a_label(bench: Bench) -> None:
     assert methods.given_rates(options, ["lora qv", "dora", "lora"]) == {"dora": 2.5e-3, "lora qv": 4e-4}
     with pytest.raises(SystemExit, match="names none of lora"):
         methods.given_rates(options, ["lora"])
+
+
+def test_runs_at_a_rate_that_was_not_chosen_are_compared_with_nothing(bench: Bench, tmp_path: Path) -> None:
+    compress = bench("compress")
+    for name in ("lr0.001-s1", "lr0.0005-s1", "lr0.0005-s2"):
+        folder = tmp_path / "runs/report/1k/a/lora" / name
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text("{}")
+    with pytest.raises(SystemExit, match="has several rates"):
+        compress.runs_of(tmp_path, "1k", "a", "lora")
+    chosen = [{"budget": "1k", "task": "a", "label": "lora", "rate": 0.0005}]
+    (tmp_path / "results.json").write_text(json.dumps({"chosen": chosen}))
+    runs = compress.runs_of(tmp_path, "1k", "a", "lora")
+    assert {seed: run.name for seed, run in runs.items()} == {1: "lr0.0005-s1", 2: "lr0.0005-s2"}
+    assert compress.runs_of(tmp_path, "2k", "a", "lora") == {}
