@@ -17,9 +17,9 @@ again with --seeds, and the weights after the last step are measured on `test` (
 --rate names has that rate and chooses none, as published ones are tried. A seed draws the same head, the same batches
 in the same order for all methods, so that differences are paired. Runs are those of `dora-train`, in --workers
 processes of one thread each (or on a GPU, which they share). A run that is finished is not done again: the same command
-goes on where it was interrupted. A run is known by its stage, budget, task, label, rate and seed alone: with other
-words, --epochs or --rows, take another label or --out. Another command with the same --out adds its runs, and
-writes the three files below anew, of what it asked for itself.
+goes on where it was interrupted. A run is known by its stage, budget, task, label, rate and seed; with other words or
+--epochs a command refuses to take it for its own (--rows it does not see): take another label or --out. Another
+command with the same --out adds its runs, and writes the three files below anew, of what it asked for itself.
 
 Writes OUT/results.json (settings, machine, chosen rates, every run), OUT/table.md and OUT/quality.png. Intervals are
 95 % of Student's t over the paired differences; over tasks, of the tasks' mean differences, with the one over all
@@ -178,6 +178,7 @@ def work(task: tuple[Job, list[str], str]) -> tuple[Job, str]:
     from dora_cli.cli.train import train
 
     Path(log).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(Path(log).with_suffix(".words.json"), json.dumps(argv, indent=1) + "\n")
     with open(log, "w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         try:
             return job, "" if train(argv) == 0 else "interrupted"
@@ -186,9 +187,19 @@ def work(task: tuple[Job, list[str], str]) -> tuple[Job, str]:
             return job, traceback.format_exc(limit=1).splitlines()[-1]
 
 
+def finished(job: Job, options: argparse.Namespace) -> bool:
+    """Whether the job has come to its end. One that was told other words is no answer to this command: it ends it."""
+    if read(job, options.out) is None:
+        return False
+    told = Path(f"{job.folder(options.out)}.words.json")
+    if told.exists() and json.loads(told.read_text()) != job.argv(options):
+        raise SystemExit(f"error: a run of other words is there ({told}): take another --out, or another label")
+    return True
+
+
 def do(jobs: list[Job], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run what isn't finished; the records of all."""
-    todo = [job for job in jobs if read(job, options.out) is None]
+    todo = [job for job in jobs if not finished(job, options)]
     tasks = [(job, job.argv(options), f"{job.folder(options.out)}.log") for job in todo]
     since = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:

@@ -100,19 +100,20 @@ def table(entries: Sequence[dict[str, Any]], against: str) -> str:
             continue
         sd = f"{e['sd']:.2f}" if e["sd"] is not None else "–"
         cells = [e["budget"], f"{e['task']} ({e['metric']})", e["label"], f"{e['rate']:g}", f"{e['params']:,.0f}"]
-        cells += [f"{e['mean']:.2f}", sd, signed(e.get("gain"), e.get("half_width")), str(len(e["seeds"]))]
+        n = len(e.get("gains", e["seeds"]))  # pairs, where there is something to pair with
+        cells += [f"{e['mean']:.2f}", sd, signed(e.get("gain"), e.get("half_width")), str(n)]
         lines.append("| " + " | ".join([*cells, f"{e['loss']:.4f}"]) + " |")
     whole = [e for e in entries if e["task"] == "all"]
     if whole:
-        lines += ["", f"Over all tasks, points against {against}:", ""]
+        lines += ["", f"Over tasks, points against {against}:", ""]
         lines += [
-            "| budget | method | gain (interval over tasks) | (over pairs) | better / worse |",
-            "|---|---|---|---|---|",
+            "| budget | method | tasks | gain (interval over tasks) | (over pairs) | better / worse |",
+            "|---|---|---|---|---|---|",
         ]
     for e in whole:
         pairs = "–" if e["half_width_pairs"] is None else f"± {e['half_width_pairs']:.2f}"
         score = f"{e['better']} / {e['worse']} of {e['pairs']}"
-        cells = [e["budget"], e["label"], signed(e["gain"], e["half_width"]), pairs, score]
+        cells = [e["budget"], e["label"], ", ".join(e["tasks"]), signed(e["gain"], e["half_width"]), pairs, score]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

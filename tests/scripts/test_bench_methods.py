@@ -131,3 +131,19 @@ def test_runs_at_a_rate_that_was_not_chosen_are_compared_with_nothing(bench: Ben
     runs = compress.runs_of(tmp_path, "1k", "a", "lora")
     assert {seed: run.name for seed, run in runs.items()} == {1: "lr0.0005-s1", 2: "lr0.0005-s2"}
     assert compress.runs_of(tmp_path, "2k", "a", "lora") == {}
+
+
+def test_a_run_of_other_words_is_not_taken_for_this_one(bench: Bench, tmp_path: Path) -> None:
+    methods = bench("methods")
+    options = argparse.Namespace(out=tmp_path, device="cpu", epochs=3, batch=16, override=["model=minilm"])
+    job = methods.Job(methods.REPORT, "1k", "sst2", "own", 1e-3, 1, ("method=dora_plus",))
+    assert not methods.finished(job, options)
+    folder = job.folder(tmp_path)
+    folder.mkdir(parents=True)
+    summary = {"last": {"name": "accuracy"}, "budget": {"params_end": 1, "params_start": 2}, "train": {"seconds": 1}}
+    (folder / "summary.json").write_text(json.dumps({**summary, "metrics": {"validation": {}}}))
+    Path(f"{folder}.words.json").write_text(json.dumps(job.argv(options)))
+    assert methods.finished(job, options)
+    options.epochs = 4
+    with pytest.raises(SystemExit, match="other words"):
+        methods.finished(job, options)
