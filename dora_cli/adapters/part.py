@@ -112,7 +112,7 @@ class LowRankPart(RankedPart):
         if self.init_from is not None and self.init != "default":
             raise UserError(
                 f"adapter.init_from={self.init_from} and adapter.init={self.init} both say where the factors start",
-                hint="set one of them",
+                hint="set one of them (adapter.init=default goes on from the folder)",
             )
 
     def scale(self, start_rank: int) -> float:
