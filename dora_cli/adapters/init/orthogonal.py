@@ -14,12 +14,15 @@ from dora_cli.adapters.init.base import Init
 
 @dataclass
 class OrthogonalStart(Init):
-    """The identity: a component of the update has the length of its gate times the scale, so choose a lower alpha."""
+    """The identity; from here on a component of the update is as long as its gate times the scale."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"gates", "directions"})
 
     def fill(self, name: str, layer: Any) -> None:
-        """Drawn on the CPU, so that every device starts from the same; of more components than fit, columns of A."""
+        """Draw A (r, d_in) and B (d_out, r) on the CPU, so that every device starts from the same.
+
+        With more components than d_in (d_out) A's columns (B's rows) are orthonormal instead.
+        """
         rows, columns = (torch.nn.init.orthogonal_(torch.empty(f.shape)) for f in (layer.a, layer.b))
         with torch.no_grad():
             layer.a.copy_(rows)
