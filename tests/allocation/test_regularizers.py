@@ -90,3 +90,22 @@ def test_orthonormal_factors_are_not_penalised(stack: Any) -> None:
         layers["0"].b.copy_(torch.linalg.qr(torch.randn(16, 4))[0])
         layers["0"].a.copy_(torch.linalg.qr(torch.randn(16, 4))[0].T)
     assert Orthogonal().value(UnitTable(layers)) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [16, 384, 1536])
+def test_rounding_at_orthonormal_is_no_direction(stack: Any, width: int, dtype: torch.dtype) -> None:
+    """The norm's kink: a gap of 1e-7 would give as large a gradient as one of 1, and one that is noise."""
+    torch.manual_seed(0)
+    _, layers = stack(n=2, width=width, rank=8, part=Svd())
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.to(dtype)
+            layer.b.copy_(torch.linalg.qr(torch.randn(width, 8, dtype=dtype))[0])
+            layer.a.copy_(torch.linalg.qr(torch.randn(width, 8, dtype=dtype))[0].T)
+    assert not any(bool(g.any()) for g in gradients(Orthogonal(), layers).values())
+    with torch.no_grad():
+        layers["0"].b[:, 0] *= 1.0001  # a gap of 2e-4 is one
+    found = gradients(Orthogonal(weight=1.0), layers)
+    assert found["0.b"][:, 0].norm() == pytest.approx(2 / 4, rel=1e-2)  # 2 P Ĝ over 4 matrices, along column 0
+    assert not any(bool(gradient.any()) for name, gradient in found.items() if name != "0.b")

@@ -1,5 +1,6 @@
 """AdaLoRA's orthogonality penalty on P (d_out, r) and Q (r, d_in)."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from dora_cli.allocation.table import UnitTable
 @dataclass
 class Orthogonal(Regularizer):
     """Both codes: the mean over the 2L matrices of ‖PᵀP − I‖_F, un-squared; the paper: the sum of the squares
-    (METHODS 3). Gradients 2P(PᵀP − I)/‖·‖_F and 4P(PᵀP − I).
+    (METHODS 3). Gradients 2P(PᵀP − I)/‖·‖_F and 4P(PᵀP − I); that of the norm is 0 where P is orthonormal to rounding.
     """
 
     weight: float = field(default=0.1, metadata={"help": "γ, what R is multiplied by in the loss", "low": 0.0})
@@ -32,7 +33,11 @@ class Orthogonal(Regularizer):
         for parameters, name, values, gap in gaps:
             scale = 4.0 * self.weight if self.squared else 2.0 * self.weight / n_matrices
             if not self.squared:
-                gap = gap / torch.linalg.vector_norm(gap, dim=(1, 2), keepdim=True).clamp_min(1e-12)
+                norm = torch.linalg.vector_norm(gap, dim=(1, 2), keepdim=True)
+                # At orthonormal the norm has a kink, and what is left of the gap is rounding: as a direction of length
+                # one it would be all the gradient that P and Q have while λ = 0, and Adam's first step follow it.
+                noise = torch.finfo(gap.dtype).eps * math.sqrt(values[0].numel())
+                gap = torch.where(norm > noise, gap / norm, 0.0)
             # The gap is symmetric: Q's gradient in Q's own layout is gap · Q.
             add_to_gradients(parameters, values @ gap if name == "b" else gap @ values, scale)
 
