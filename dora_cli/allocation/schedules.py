@@ -229,8 +229,8 @@ class Constant(Schedule):
 class Auto(Schedule):
     """No budget: cut, recover, and keep the cut if a held-out loss stays within a tolerance of its best (METHODS 11.2).
 
-    Unlike there, cuts that are kept grow, as steps of a line search do: a short run has few events. It ends all the
-    same, for each event lowers what lives, or halves the cut and comes nearer to ``patience``.
+    Unlike there, cuts that are kept grow, as steps of a line search do: a short run has few events. And a search that
+    failed ``patience`` times in a row is not over: it waits until the loss has fallen by the tolerance once more.
     """
 
     start: Steps = field(default=0.3, metadata={"help": "first cut: share of the run, or step", "low": 0})
@@ -245,7 +245,9 @@ class Auto(Schedule):
         default=1.5,
         metadata={"help": "factor of the next cut's share after one that was kept, up to a quarter", "low": 1.0},
     )
-    patience: int = field(default=4, metadata={"help": "it ends when so many cuts in a row were put back", "low": 1})
+    patience: int = field(
+        default=4, metadata={"help": "cuts put back in a row before it waits for a lower loss", "low": 1}
+    )
     floor: int = field(default=1, metadata={"help": "components that are left at least, in all", "low": 1})
     rows: int = field(default=256, metadata={"help": "validation rows whose loss decides, drawn once", "low": 1})
     events: int = field(

@@ -26,7 +26,8 @@ class Trials(Allocator):
 
     What is cut is silent until then: closed, without gradients, and out of what lives; the others learn to do without.
     Put back, it has the values and moments that it was cut with, to the bit, and the next cut is half as large. Nothing
-    is tried before the loss has fallen by more than what is tolerated: else no cut could lose what was learned.
+    is tried before the loss has fallen by more than what is tolerated: else no cut could lose what was learned. When
+    cuts have failed too often, it waits for as much again: else one lucky best would end the search of a whole run.
 
     Args:
         schedule: how much is cut, and what is tolerated.
@@ -36,10 +37,12 @@ class Trials(Allocator):
     Attributes:
         pending: (n,) bool, what is cut and not decided.
         initial: the loss before the first step.
+        below: what ``best`` must lie below for a cut to be tried: the tolerance below ``initial``, or below the best
+            loss of the time when the search gave up.
         best: the lowest loss that an event has seen with everything in place or gone for good.
         cut: the share that the next cut takes.
         refused: cuts in a row that were put back.
-        done: whether there is nothing more to try.
+        done: whether the floor is reached.
     """
 
     def __init__(self, schedule: Auto, allocator: Allocator, loss: Callable[[], float]) -> None:
@@ -47,6 +50,7 @@ class Trials(Allocator):
         self.interval = allocator.interval
         self.min_rank: int = getattr(allocator, "min_rank", 0)
         self.initial: float | None = None
+        self.below = math.inf
         self.best, self.cut, self.refused, self.done = math.inf, schedule.cut, 0, False
         self.decision: dict[str, Any] = {}
 
@@ -75,7 +79,7 @@ class Trials(Allocator):
         return self.allocator.window(schedule, total)
 
     def is_event(self, step: int, window: Window) -> bool:
-        """When a search is over, the final choice alone is left."""
+        """At the floor the final choice alone is left."""
         if step == window.end or self.done:
             return step == window.end
         every = self.schedule.spacing(self.steps_between(window.total), window)
@@ -84,6 +88,7 @@ class Trials(Allocator):
     def after_backward(self, table: UnitTable, step: int, window: Window) -> None:
         if self.initial is None:
             self.initial = self.loss()
+            self.below = self._tolerably_below(self.initial)
         for layer, units in self._held(table):
             layer.mute_gradient(units)
 
@@ -105,16 +110,19 @@ class Trials(Allocator):
         if kept is not False and loss < self.best:
             self.best = loss
         self.decision = {"loss": loss, "best": self.best, "tried": tried, "committed": kept, "cut": share}
-        self.decision |= {"initial": self.initial, "learned": self.learned}
+        below = self.below if math.isfinite(self.below) else None
+        self.decision |= {"initial": self.initial, "below": below, "learned": self.learned}
         if self.learned and not event.final and not self.done:
             self._try(event)
 
     @property
     def learned(self) -> bool:
-        """Whether the loss has fallen by more than what is tolerated. One that was no number at first may be any."""
-        if self.initial is None or not math.isfinite(self.initial):
-            return True
-        return self.best < self.initial - self.schedule.tolerance * abs(self.initial)
+        """Whether the loss has fallen by more than what is tolerated, from the start or since the search gave up."""
+        return self.best < self.below
+
+    def _tolerably_below(self, loss: float) -> float:
+        """From a loss that is no number any other has fallen."""
+        return loss - self.schedule.tolerance * abs(loss) if math.isfinite(loss) else math.inf
 
     def report(self, table: UnitTable) -> dict[str, Any]:
         """``budget`` is what lives for certain, or is on trial; ``auto`` what was decided, before the next trial."""
@@ -150,7 +158,9 @@ class Trials(Allocator):
         table.wake(torch.nonzero(self.pending).flatten())
         self.cut, self.refused = self.cut / 2, self.refused + 1
         # Asked only of a smaller cut than one that failed: of few components even a small share is one.
-        self.done = self.refused >= self.schedule.patience or self.cut * table.alive_count() < 1
+        if self.refused >= self.schedule.patience or self.cut * table.alive_count() < 1:
+            self.below = self._tolerably_below(self.best)
+            self.cut, self.refused = self.schedule.cut, 0
         self._forget()
 
     def _forget(self) -> None:
@@ -172,7 +182,7 @@ class Trials(Allocator):
     # ---- state ---------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         numbers = {"cut": self.cut, "refused": self.refused, "done": int(self.done)}
-        losses = {"best": self.best, "initial": self.initial}
+        losses = {"best": self.best, "initial": self.initial, "below": self.below}
         finite = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
         return {"pending": self.pending} | numbers | finite | {COPY + key: value for key, value in self.copies.items()}
 
@@ -180,5 +190,6 @@ class Trials(Allocator):
         self.pending = state["pending"].cpu()
         self.cut, self.refused, self.done = float(state["cut"]), int(state["refused"]), bool(state["done"])
         self.best, self.initial = float(state.get("best", math.inf)), float(state.get("initial", math.inf))
+        self.below = float(state.get("below", self._tolerably_below(self.initial)))
         self.copies = {key.removeprefix(COPY): value for key, value in state.items() if key.startswith(COPY)}
         self._places = None

@@ -89,11 +89,12 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
 def trial(decision: Mapping[str, Any]) -> str:
     """What an event of ``schedule=auto`` has decided."""
     what = {True: "kept", False: "undone"}.get(decision["committed"])
-    cut = f"cut of {decision['tried']} {what}" if what else "no cut to decide"
-    if not decision["learned"]:
-        now, first = number(decision["loss"]), number(decision["initial"])
-        return f"nothing tried yet: held-out loss {now}, untrained {first}"
-    return f"{cut}: held-out loss {number(decision['loss'])}, best {number(decision['best'])}"
+    losses = f"held-out loss {number(decision['loss'])}, best {number(decision['best'])}"
+    if what:
+        return f"cut of {decision['tried']} {what}: {losses}"
+    if decision["learned"] or decision["below"] is None:
+        return f"no cut to decide: {losses}"
+    return f"nothing tried before the held-out loss is below {number(decision['below'])}: {number(decision['loss'])}"
 
 
 class View:

@@ -102,10 +102,12 @@ def test_a_search_worked_by_hand(stack: Any) -> None:
         (4, 6, True, 0.25, 13),  # ⌈18/4⌉ = 5
         (6, 5, True, 0.25, 9),  # ⌈13/4⌉ = 4
         (8, 4, False, 0.25, 11),  # ⌈13/8⌉ = 2
-        (10, 2, False, 0.125, 13),  # 13/16 is less than one: over
-        (40, 0, None, 0.0625, 13),  # the final choice
+        (10, 2, False, 0.125, 13),  # 13/16 is less than one: it waits for a loss that doesn't come
+        *((t, 0, None, 0.25, 13) for t in range(12, 40, 2)),
+        (40, 0, None, 0.25, 13),  # the final choice
     ]
-    assert [e["budget"] for e in events] == [24, 18, 13, 13, 13, 13]
+    assert [e["budget"] for e in events] == [24, 18, 13, *[13] * 17]
+    assert [e["auto"]["learned"] for e in events] == [True] * 4 + [False] * 16
     assert torch.nonzero(run.table.alive).flatten().tolist() == best(13)
     assert sum(layer.rank for layer in run.layers.values()) == 13  # and nothing of the others is left
     assert run.allocation.final_step == 40 and run.table.settled
@@ -115,14 +117,17 @@ def test_a_search_worked_by_hand(stack: Any) -> None:
 @pytest.mark.parametrize("growth", [1.0, 3.0])
 def test_what_is_left_lies_on_the_cliff_and_never_rises(at: int, growth: float, stack: Any) -> None:
     run = Run(stack, cliff(at), tolerance=0.01, growth=growth, cut=0.1)
-    before, cut = 24, 0.1
+    before, cut, refused = 24, 0.1, 0
     for event in run.events():
         decision = event["auto"]
         assert decision["cut"] == cut
         assert event["budget"] == before - (decision["tried"] if decision["committed"] else 0) >= at
         if decision["tried"]:  # the loss alone decides, and it says whether the cut was too deep
             assert decision["committed"] == (before - decision["tried"] >= at)
+            refused = 0 if decision["committed"] else refused + 1
             cut = max(cut, min(cut * growth, 0.25)) if decision["committed"] else cut / 2
+            if refused and (refused == 9 or cut * before < 1):
+                cut, refused = 0.1, 0
         before = event["budget"]
     assert torch.nonzero(run.table.alive).flatten().tolist() == best(before)
     # The last refused cut was of less than two components, or events ran out: 0.9ⁿ of 24 is 3 after 20.
@@ -154,7 +159,8 @@ def test_what_is_put_back_is_as_it_was_though_tensors_shrank_meanwhile(part: Any
         drifted = run.units()
         event = run.allocation.after_step(t, run.optimizer)
     assert event is not None and event["auto"] == {
-        "loss": 5.0, "best": 1.0, "tried": 6, "committed": False, "cut": 0.5, "initial": 9.0, "learned": True
+        "loss": 5.0, "best": 1.0, "tried": 6, "committed": False, "cut": 0.5, "initial": 9.0, "below": 9.0 - 0.02 * 9.0,
+        "learned": True,
     }  # fmt: skip
     # At once a smaller cut is on trial: what is not in it is open again.
     after, again = run.units(), [row for row in trial if bool(run.table.alive[row])]
@@ -236,7 +242,7 @@ def test_nothing_is_tried_before_something_is_learned(initial: float, stack: Any
 def test_patience_floor_and_least_ranks_end_it(stack: Any) -> None:
     refused = iter([1.0] + [2.0] * 30)
     run = Run(stack, lambda table: next(refused), patience=2, cut=0.5)
-    assert [e["step"] for e in run.events()] == [2, 4, 6, 40]
+    assert [e["step"] for e in run.events() if e["auto"]["tried"]] == [4, 6]
     assert run.allocation.alive_count() == 24
     run = Run(stack, lambda table: 1.0, floor=10)
     assert [e["budget"] for e in run.events()][-1] == 10
@@ -246,6 +252,18 @@ def test_patience_floor_and_least_ranks_end_it(stack: Any) -> None:
     with pytest.raises(UserError, match="nothing to prune: the adapter starts with 24") as caught:
         Run(stack, lambda table: 1.0, floor=24)
     assert caught.value.where is not None and "schedule.floor=24" in caught.value.where
+
+
+def test_a_search_that_gave_up_goes_on_when_the_loss_has_fallen_by_the_tolerance(stack: Any) -> None:
+    """A lucky 0.5 at the first event, which no cut could hold, however small."""
+    losses = iter([0.5, 1.0, 1.0, 0.6, 0.46, 0.45, 0.4, *[0.4] * 30])
+    run = Run(stack, lambda table: next(losses), patience=2, tolerance=0.1, cut=0.25)
+    events = list(run.events(last=16))
+    assert [e["auto"]["committed"] for e in events] == [None, False, False, None, None, None, None, True]
+    assert [e["auto"]["learned"] for e in events] == [True, True, False, False, False, False, True, True]
+    assert [e["auto"]["below"] for e in events] == [pytest.approx(8.1)] * 2 + [pytest.approx(0.45)] * 6
+    assert events[-1]["auto"]["tried"] == 6 and events[-1]["auto"]["cut"] == 0.25  # as large as at first
+    assert [e["budget"] for e in events] == [24] * 7 + [18]
 
 
 def test_the_plan_says_the_fastest_way_and_long_windows_have_few_events(stack: Any) -> None:
@@ -262,16 +280,17 @@ def test_the_plan_says_the_fastest_way_and_long_windows_have_few_events(stack: A
         assert schedule.spacing(total, window) == total
 
 
-def test_a_search_goes_on_where_its_state_was_taken(stack: Any) -> None:
-    """In a trial, after another was put back; parameters and moments go their own way (tests/training)."""
+@pytest.mark.parametrize("last", [9, 15], ids=["in a trial", "waiting"])
+def test_a_search_goes_on_where_its_state_was_taken(last: int, stack: Any) -> None:
+    """After a cut was put back; parameters and moments go their own way (tests/training)."""
     whole = Run(stack, cliff(12), tolerance=0.01)
     ends = [event["auto"] for event in whole.events()]
     cut = Run(stack, cliff(12), tolerance=0.01)
-    list(cut.events(last=9))
+    list(cut.events(last=last))
     state, trials = cut.allocation.state_dict(), cut.allocation.allocator
     again = Run(stack, cliff(12), tolerance=0.01, initial=None)  # none is asked for any more
     again.allocation.load_state_dict(state)
     fresh = again.allocation.allocator.state_dict()
     assert fresh.keys() == trials.state_dict().keys()
-    assert any(key.startswith("copy|") and key.endswith("c.exp_avg") for key in fresh)
-    assert [event["auto"] for event in again.events(first=10)] == ends[4:]
+    assert any(key.startswith("copy|") and key.endswith("c.exp_avg") for key in fresh) == (last == 9)
+    assert [event["auto"] for event in again.events(first=last + 1)] == ends[(last - 1) // 2 :]

@@ -58,7 +58,9 @@ def test_a_run_finds_its_budget_and_says_how(
             word = "kept" if kept else "undone"
             assert f"step {event['step']}/40 cut of {auto['tried']} {word}: held-out loss" in printed
     assert not events[0]["auto"]["learned"]
-    assert f"step 4/40 nothing tried yet: held-out loss {events[0]['auto']['loss']:.4g}, untrained 0.69" in printed
+    first = events[0]["auto"]
+    waiting = f"nothing tried before the held-out loss is below {first['below']:.4g}: {first['loss']:.4g}"
+    assert f"step 4/40 {waiting}" in printed and first["below"] == pytest.approx(first["initial"] * 0.998)
     assert events[-1]["step"] == 36 and events[-1]["alive"] == left < 48
     assert f"final choice: {left} units alive" in printed
     assert summary["budget"] | {"params_start": 0, "params_end": 0} == {
