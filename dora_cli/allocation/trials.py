@@ -181,14 +181,16 @@ class Trials(Allocator):
 
     # ---- state ---------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        numbers = {"cut": self.cut, "refused": self.refused, "done": int(self.done)}
+        numbers = {"cut": self.cut, "refused": self.refused, "at_floor": int(self.done)}
         losses = {"best": self.best, "initial": self.initial, "below": self.below}
         finite = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
         return {"pending": self.pending} | numbers | finite | {COPY + key: value for key, value in self.copies.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pending = state["pending"].cpu()
-        self.cut, self.refused, self.done = float(state["cut"]), int(state["refused"]), bool(state["done"])
+        self.cut, self.refused = float(state["cut"]), int(state["refused"])
+        # Older states have `done`, also of a search that gave up; one at the floor finds it again at its next event.
+        self.done = bool(state.get("at_floor", False))
         self.best, self.initial = float(state.get("best", math.inf)), float(state.get("initial", math.inf))
         self.below = float(state.get("below", self._tolerably_below(self.initial)))
         self.copies = {key.removeprefix(COPY): value for key, value in state.items() if key.startswith(COPY)}

@@ -90,9 +90,11 @@ def trial(decision: Mapping[str, Any]) -> str:
     """What an event of ``schedule=auto`` has decided."""
     what = {True: "kept", False: "undone"}.get(decision["committed"])
     losses = f"held-out loss {number(decision['loss'])}, best {number(decision['best'])}"
+    waits = not decision["learned"] and decision["below"] is not None
     if what:
-        return f"cut of {decision['tried']} {what}: {losses}"
-    if decision["learned"] or decision["below"] is None:
+        more = f"; waits for {number(decision['below'])}" if waits else ""
+        return f"cut of {decision['tried']} {what}: {losses}{more}"
+    if not waits:
         return f"no cut to decide: {losses}"
     return f"nothing tried before the held-out loss is below {number(decision['below'])}: {number(decision['loss'])}"
 

@@ -109,3 +109,6 @@ def test_rounding_at_orthonormal_is_no_direction(stack: Any, width: int, dtype: 
     found = gradients(Orthogonal(weight=1.0), layers)
     assert found["0.b"][:, 0].norm() == pytest.approx(2 / 4, rel=1e-2)  # 2 P Ĝ over 4 matrices, along column 0
     assert not any(bool(gradient.any()) for name, gradient in found.items() if name != "0.b")
+    with torch.no_grad():
+        layers["0"].b[0, 0] = torch.nan
+    assert gradients(Orthogonal(), layers)["0.b"].isnan().any()  # is said, and not taken for rounding

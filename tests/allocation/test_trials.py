@@ -21,6 +21,7 @@ from dora_cli.allocation.regularizers.none import NoRegularizer
 from dora_cli.allocation.schedules import Auto
 from dora_cli.allocation.table import UnitTable
 from dora_cli.errors import UserError
+from dora_cli.reporting.terminal import trial
 
 SCORES = torch.rand(24, generator=torch.Generator().manual_seed(3))  # of 4 modules of rank 6
 
@@ -294,3 +295,37 @@ def test_a_search_goes_on_where_its_state_was_taken(last: int, stack: Any) -> No
     assert fresh.keys() == trials.state_dict().keys()
     assert any(key.startswith("copy|") and key.endswith("c.exp_avg") for key in fresh) == (last == 9)
     assert [event["auto"] for event in again.events(first=last + 1)] == ends[(last - 1) // 2 :]
+
+
+def test_a_search_of_an_older_state_that_gave_up_goes_on(stack: Any) -> None:
+    """It said `done` of that, and had no `below`."""
+    run = Run(stack, lambda table: 1.0, cut=0.25)
+    list(run.events(last=3))
+    run.backward(4)
+    state = run.allocation.state_dict()
+    state["allocator"] = {k: v for k, v in state["allocator"].items() if k not in ("below", "at_floor")} | {"done": 1}
+    again = Run(stack, lambda table: 1.0, cut=0.25, initial=None)
+    again.allocation.load_state_dict(state)
+    assert [event["auto"]["committed"] for event in again.events(first=4, last=6)] == [True, True]
+    assert again.allocation.allocator.state_dict()["below"] == pytest.approx(9.0 * 0.98)
+
+
+def test_the_line_of_a_decision_says_that_it_waits() -> None:
+    decision = {
+        "loss": 0.5,
+        "best": 0.4,
+        "tried": 3,
+        "committed": False,
+        "initial": 0.7,
+        "below": 0.39,
+        "learned": False,
+    }
+    assert trial(decision) == "cut of 3 undone: held-out loss 0.5, best 0.4; waits for 0.39"
+    assert trial(decision | {"learned": True}) == "cut of 3 undone: held-out loss 0.5, best 0.4"
+    none = decision | {"tried": 0, "committed": None}
+    assert trial(none) == "nothing tried before the held-out loss is below 0.39: 0.5"
+    assert (
+        trial(none | {"learned": True})
+        == trial(none | {"below": None})
+        == "no cut to decide: held-out loss 0.5, best 0.4"
+    )

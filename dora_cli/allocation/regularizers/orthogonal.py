@@ -36,7 +36,7 @@ class Orthogonal(Regularizer):
                 norm = torch.linalg.vector_norm(gap, dim=(1, 2), keepdim=True)
                 # At orthonormal the norm has a kink, and what is left of the gap is rounding: as a direction of length
                 # one it would be all the gradient that P and Q have while λ = 0, and Adam's first step follow it.
-                noise = torch.finfo(gap.dtype).eps * math.sqrt(values[0].numel())
+                noise = torch.finfo(gap.dtype).eps * 2 * math.sqrt(values[0].numel())
                 gap = torch.where(norm <= noise, 0.0, gap / norm)  # what is no number stays none
             # The gap is symmetric: Q's gradient in Q's own layout is gap · Q.
             add_to_gradients(parameters, values @ gap if name == "b" else gap @ values, scale)
