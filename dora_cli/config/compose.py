@@ -100,6 +100,9 @@ def compose(
         if (group, name) not in of_method:
             said = {key for key, layer in last.items() if layer.startswith(("method/", "tuned/")) and key not in given}
             values[group] = meant(group, parts[group][name], values[group], said)
+            origin |= {
+                key: None for key in said if key.startswith(f"{group}.") and key.partition(".")[2] not in values[group]
+            }
         options, unread = part_options(group, name, values[group], parts, given)
         built[group] = build_part(group, parts[group][name], options, origin)
         values[group] = {"name": name, **options}

@@ -132,10 +132,12 @@ def _adapter(session: Session) -> Facts:
     allocator, layers = allocation.allocator, session.layers.values()
     if layers and allocator.mode != "static":
         costs = [component_cost(layer) for layer in layers] if allocator.grows else allocation.table.cost.tolist()
-        units, parameters = end_bounds(allocation.last, sorted(costs), allocation.by_cost, allocator.grows)
+        found_by_trial = allocation.schedule.finds_budget
+        last = allocation.counts(_events(session))[-1] if found_by_trial else allocation.last
+        units, parameters = end_bounds(last, sorted(costs), allocation.by_cost, allocator.grows)
         if allocator.mode == "constant" and not allocator.restores(units[1], len(layers)):
             units[0], parameters[0] = 1, min(costs)
-        if allocation.schedule.finds_budget:  # as few as that, or all
+        if found_by_trial:  # as few as that, if every cut is kept, or all
             units[1], parameters[1] = allocation.start_count, allocation.start_cost
         found |= {"units_end": units, "parameters_end": parameters}
     return found
@@ -159,10 +161,15 @@ def end_bounds(last: int, costs: list[int], by_cost: bool, grows: bool) -> tuple
     return [last, last], [sum(costs[:last]), sum(costs[len(costs) - last :])]
 
 
+def _events(session: Session) -> list[int]:
+    """The steps after which something is chosen."""
+    return [t for t in range(1, session.allocation.window.end + 1) if session.allocation.is_event(t)]
+
+
 def _schedule(session: Session) -> Facts:
     allocation = session.allocation
     window = allocation.window
-    steps = [t for t in range(1, window.end + 1) if allocation.is_event(t)]
+    steps = _events(session)
     counts = allocation.counts(steps)
     preset = session.composed.preset
     starts = {"schedule.start": allocation.schedule.start, "train.warmup": session.config.train.warmup}

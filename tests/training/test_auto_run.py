@@ -106,7 +106,7 @@ def test_names_plans_and_windows(
     assert dora_train(*words) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["run"]["out"] == "runs/text_classification/dora-bauto-s1" and plan["run"]["budget"] == "auto"
-    assert plan["adapter"]["units_start"] == 72 and plan["adapter"]["units_end"] == [1, 72]  # ⌈1.5 · 4⌉ = 6
+    assert plan["adapter"]["units_start"] == 72 and plan["adapter"]["units_end"] == [54, 72]  # ⌈1.5 · 4⌉ = 6
     assert plan["schedule"]["events"] == [[30, 64], [70, 54], [80, 54]]  # 0.3 to 0.8; ⌈7.2⌉ and ⌈64 · 0.15⌉
     assert plan["schedule"]["found"] == {
         "tolerance": 0.02,
