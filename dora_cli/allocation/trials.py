@@ -42,7 +42,7 @@ class Trials(Allocator):
         best: the lowest loss that an event has seen with everything in place or gone for good.
         cut: the share that the next cut takes.
         refused: cuts in a row that were put back.
-        done: whether the floor is reached.
+        at_floor: whether as little is left as may be.
     """
 
     def __init__(self, schedule: Auto, allocator: Allocator, loss: Callable[[], float]) -> None:
@@ -51,7 +51,7 @@ class Trials(Allocator):
         self.min_rank: int = getattr(allocator, "min_rank", 0)
         self.initial: float | None = None
         self.below = math.inf
-        self.best, self.cut, self.refused, self.done = math.inf, schedule.cut, 0, False
+        self.best, self.cut, self.refused, self.at_floor = math.inf, schedule.cut, 0, False
         self.decision: dict[str, Any] = {}
 
     def attach(self, table: UnitTable) -> None:
@@ -80,7 +80,7 @@ class Trials(Allocator):
 
     def is_event(self, step: int, window: Window) -> bool:
         """At the floor the final choice alone is left."""
-        if step == window.end or self.done:
+        if step == window.end or self.at_floor:
             return step == window.end
         every = self.schedule.spacing(self.steps_between(window.total), window)
         return window.start <= step < window.end and (step - window.start) % every == 0
@@ -112,7 +112,7 @@ class Trials(Allocator):
         self.decision = {"loss": loss, "best": self.best, "tried": tried, "committed": kept, "cut": share}
         below = self.below if math.isfinite(self.below) else None
         self.decision |= {"initial": self.initial, "below": below, "learned": self.learned}
-        if self.learned and not event.final and not self.done:
+        if self.learned and not event.final and not self.at_floor:
             self._try(event)
 
     @property
@@ -134,7 +134,7 @@ class Trials(Allocator):
         alive = table.alive_count()
         n = self.schedule.size(self.cut, alive, self.floor)
         if n == 0:
-            self.done = True
+            self.at_floor = True
             return
         self.allocator.prepare(event)
         keep = top(table, event.scores(), alive - n, by_cost=False, min_rank=self.min_rank)
@@ -181,7 +181,7 @@ class Trials(Allocator):
 
     # ---- state ---------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        numbers = {"cut": self.cut, "refused": self.refused, "at_floor": int(self.done)}
+        numbers = {"cut": self.cut, "refused": self.refused, "at_floor": int(self.at_floor)}
         losses = {"best": self.best, "initial": self.initial, "below": self.below}
         finite = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
         return {"pending": self.pending} | numbers | finite | {COPY + key: value for key, value in self.copies.items()}
@@ -190,7 +190,7 @@ class Trials(Allocator):
         self.pending = state["pending"].cpu()
         self.cut, self.refused = float(state["cut"]), int(state["refused"])
         # Older states have `done`, also of a search that gave up; one at the floor finds it again at its next event.
-        self.done = bool(state.get("at_floor", False))
+        self.at_floor = bool(state.get("at_floor", False))
         self.best, self.initial = float(state.get("best", math.inf)), float(state.get("initial", math.inf))
         self.below = float(state.get("below", self._tolerably_below(self.initial)))
         self.copies = {key.removeprefix(COPY): value for key, value in state.items() if key.startswith(COPY)}

@@ -201,3 +201,16 @@ def test_a_loop_of_ones_own_gives_the_loss() -> None:
     decided = [event["auto"]["loss"] for event in events if event]
     assert decided == asked[1:] and 4 < len(asked) < 12  # of steps 12, 14, … 32: one is left before, so it ends
     assert sum(dora.ranks().values()) == 1
+
+
+def test_a_window_that_fails_is_not_blamed_on_a_preset_that_does_not_hold(
+    dora_train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """dora_plus's file says schedule.end=0.5 of its own shape; the 0.8 is that of `auto`."""
+    words = ["method=dora_plus", "out=null", "dry_run=true"]
+    assert dora_train(*words, "schedule=auto", "schedule.start=0.9") == 2
+    told = capsys.readouterr().err
+    assert "schedule.start=0.9 lies after schedule.end=0.8" in told and "dora_plus.yaml" not in told
+    assert dora_train(*words, "schedule.start=0.9") == 2
+    told = capsys.readouterr().err
+    assert "schedule.start=0.9 lies after schedule.end=0.5" in told and "dora_plus.yaml, line" in told
